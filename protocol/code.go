@@ -1,0 +1,50 @@
+package protocol
+
+// Code is a stable name for a refusal. Codes are never renamed; docs/errors.md lists each with cause and remedy.
+type Code string
+
+// Refusals of a request or gateway call as a whole.
+const (
+	CodeMalformed   Code = "malformed"            // not decodable: empty, truncated, trailing bytes, duplicate or unknown field, bad UTF-8
+	CodeVersion     Code = "protocol_version"     // a protocol version that this server does not speak
+	CodeContentType Code = "content_type"         // neither application/cbor nor application/json, or an unknown encoding
+	CodeTooBig      Code = "too_big"              // a message, session, depth or decompressed size over its limit
+	CodeName        Code = "invalid_name"         // a user, device or session name that is not [a-z0-9_-]{1,64}
+	CodeSeries      Code = "series"               // a multi-part request with missing, doubled or contradictory parts
+	CodeForked      Code = "forked"               // session number and hash do not continue this incarnation (rule D4): restored or cloned device
+	CodeEpoch       Code = "epoch"                // the mirror was rebuilt (rule D13)
+	CodeUnknownSet  Code = "unknown_set"          // no such subscription set for this user
+	CodeBlocked     Code = "blocked"              // the device or user is blocked
+	CodeBusy        Code = "busy"                 // the queue is full: retry after the given time
+	CodeNotFound    Code = "not_found"            // no such session or page (yet)
+	CodePending     Code = "pending"              // the reply is not ready yet: ask again
+	CodeInternal    Code = "internal"             // the server failed; the request is kept and retried
+	CodeKey         Code = "invalid_key_material" // an enrolment key that is not a public user NKEY
+)
+
+// Rejections of one record by the merge.
+const (
+	CodeStale         Code = "stale_version"         // the row has changed since the version that the edit was made on
+	CodeRowDeleted    Code = "row_deleted"           // the row that was edited no longer exists
+	CodeRowExists     Code = "row_exists"            // an insert met a row with the same key
+	CodeUnknownTable  Code = "unknown_table"         // no such table in the device's subscriptions
+	CodeUnknownColumn Code = "unknown_column"        // no such column in the subscription
+	CodeInvalidValue  Code = "invalid_value"         // a value that does not fit its column's type
+	CodeMissingKey    Code = "missing_key"           // key incomplete, null, or unlike the key columns of the image
+	CodeKeyChange     Code = "key_change"            // an update that changes the primary key
+	CodeNotSubscribed Code = "not_subscribed"        // the row is, or would be, outside the device's subset
+	CodeOperation     Code = "operation_not_allowed" // the subscription does not allow this operation
+	CodeDuplicate     Code = "duplicate_row"         // the same row twice in one session
+	CodeRowTooBig     Code = "row_too_big"           // the row is over the row size limit
+	CodeInvalidRecord Code = "invalid_record"        // image missing, superfluous or of the wrong length
+)
+
+// Refusals of one record by the source.
+const (
+	CodeConstraint Code = "source_constraint"   // a constraint of the source; Constraint names it
+	CodeTrigger    Code = "source_trigger"      // a trigger or function of the source raised; Detail is its message
+	CodeSource     Code = "source_conflict"     // the source's row was changed by somebody else meanwhile
+	CodeValue      Code = "source_value"        // the source's types refused a value
+	CodePermission Code = "source_permission"   // row security or privileges of the source refused the change
+	CodeDependency Code = "dependency_rejected" // the change was made on top of a change that was itself refused
+)

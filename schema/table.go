@@ -1,0 +1,100 @@
+// Package schema knows the tables: it reads them from the source's catalog, keeps their mirror and staging tables,
+// Waystage's own tables (embedded migrations), the subscription definitions and the initial copy.
+//
+// It promises that every identifier in SQL that it generates is quoted, that a table which cannot be synced is
+// refused by name with the remedy, and that set-up can be killed at any line and run again.
+// cmd calls it for init, check, and at the start of serve; stages, capture and apply use its types.
+package schema
+
+import "strings"
+
+// Column of a synced table.
+type Column struct {
+	Name       string   `json:"name"`
+	Type       string   `json:"type"`        // format_type at the source, e.g. "numeric(12,2)"
+	MirrorType string   `json:"mirror_type"` // type in the mirror: Type for pg_catalog types, else "text"
+	NotNull    bool     `json:"not_null"`
+	Default    string   `json:"default,omitempty"`  // constant default as text, if it is one
+	Identity   string   `json:"identity,omitempty"` // "", "a" (always) or "d" (by default)
+	Labels     []string `json:"labels,omitempty"`   // enum labels, when Type is an enum
+}
+
+// ForeignKey of a synced table to another synced table.
+type ForeignKey struct {
+	Name    string   `json:"name"`
+	Columns []string `json:"columns"`
+	Table   string   `json:"table"` // "schema.table"
+	Refers  []string `json:"refers"`
+}
+
+// Table is a synced table. Generated columns are not in Columns: they are computed, not carried.
+type Table struct {
+	ID      int          `json:"id"` // waystage.synced_table.id
+	Schema  string       `json:"schema"`
+	Name    string       `json:"name"`
+	Rank    int          `json:"rank"` // parents have lower ranks than the children that refer to them
+	Columns []Column     `json:"columns"`
+	Key     []string     `json:"key"` // primary key columns in key order
+	Unique  [][]string   `json:"unique,omitempty"`
+	Foreign []ForeignKey `json:"foreign,omitempty"`
+}
+
+// FullName is "schema.table", the name on the wire and in definitions.
+func (t *Table) FullName() string { return t.Schema + "." + t.Name }
+
+// Ident is the quoted, qualified SQL name; the same at the source and in the mirror.
+func (t *Table) Ident() string { return Quote(t.Schema) + "." + Quote(t.Name) }
+
+// Column finds a column by name.
+func (t *Table) Column(name string) (Column, bool) {
+	for _, c := range t.Columns {
+		if c.Name == name {
+			return c, true
+		}
+	}
+	return Column{}, false
+}
+
+// IsKey tells whether the column is part of the primary key.
+func (t *Table) IsKey(name string) bool {
+	for _, k := range t.Key {
+		if k == name {
+			return true
+		}
+	}
+	return false
+}
+
+// Quote quotes an SQL identifier.
+func Quote(name string) string {
+	return `"` + strings.ReplaceAll(strings.ReplaceAll(name, "\x00", ""), `"`, `""`) + `"`
+}
+
+// Literal quotes an SQL string literal.
+func Literal(s string) string {
+	s = strings.ReplaceAll(strings.ReplaceAll(s, "\x00", ""), `'`, `''`)
+	if strings.Contains(s, `\`) {
+		return ` E'` + strings.ReplaceAll(s, `\`, `\\`) + `'`
+	}
+	return `'` + s + `'`
+}
+
+// System columns of every mirror table.
+const (
+	ColVersion = "_ws_version" // bigint: mirror transaction that last wrote the row
+	ColWriter  = "_ws_lw"      // text: incarnation of the last device writer, null: the source
+	ColMerged  = "_ws_mver"    // bigint: version given by that device's merge, 0: none
+)
+
+// Session settings that make text representations canonical (rule R5). Set on every connection that carries values,
+// replication connections too.
+var Canonical = map[string]string{
+	"datestyle":          "ISO",
+	"intervalstyle":      "postgres",
+	"extra_float_digits": "3",
+	"bytea_output":       "hex",
+	"timezone":           "UTC",
+	"search_path":        "",
+	"client_encoding":    "UTF8",
+	"lc_monetary":        "C",
+}
