@@ -89,6 +89,16 @@ const (
 	Foreign               // anybody else
 )
 
+// After is base's writer once a transaction, our own or not, has written the source's image of the key again. Foreign
+// stays foreign for as long as changes of the key are pending: none of their authors has seen the foreign image, even
+// when a trigger of our own transaction has rewritten it since (docs/adr/0002-foreign-stays-foreign.md).
+func (w Writer) After(own bool) Writer {
+	if own && w != Foreign {
+		return Own
+	}
+	return Foreign
+}
+
 // Route says where down writes a source image of a key: to the mirror row, or, while changes of the key are
 // pending, to its base image only (rule R2).
 func Route(pending int) (base bool) { return pending > 0 }
