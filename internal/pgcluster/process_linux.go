@@ -1,0 +1,70 @@
+package pgcluster
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// attributes makes a server process that runs as the account, does not get the terminal's Ctrl-C, and shuts down
+// at once when the thread that started it ends (see run, which keeps that thread).
+func attributes(a account) *syscall.SysProcAttr {
+	attr := &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGQUIT}
+	if a.switched {
+		attr.Credential = &syscall.Credential{Uid: a.uid, Gid: a.gid}
+	}
+	return attr
+}
+
+// children lists the processes that a process has started.
+func children(pid int) []int {
+	stats, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
+		return nil
+	}
+	var found []int
+	for _, path := range stats {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			continue // ended meanwhile
+		}
+		// "pid (name) state ppid ...": the name may hold blanks and brackets.
+		fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
+		if len(fields) < 2 || fields[1] != strconv.Itoa(pid) {
+			continue
+		}
+		if child, err := strconv.Atoi(filepath.Base(filepath.Dir(path))); err == nil {
+			found = append(found, child)
+		}
+	}
+	return found
+}
+
+// removeSharedMemory removes the shared memory segment that a killed server left, named by its lock file.
+func removeSharedMemory(pidFile string) error {
+	text, err := os.ReadFile(pidFile)
+	if err != nil {
+		return nil // no lock file: the server shut down in order
+	}
+	lines := strings.Split(string(text), "\n")
+	if len(lines) < 7 {
+		return nil
+	}
+	fields := strings.Fields(lines[6]) // key and id
+	if len(fields) != 2 {
+		return nil
+	}
+	id, err := strconv.Atoi(fields[1])
+	if err != nil {
+		return fmt.Errorf("%s: %w", pidFile, err)
+	}
+	if _, err := unix.SysvShmCtl(id, unix.IPC_RMID, nil); err != nil && err != unix.EINVAL && err != unix.EIDRM {
+		return fmt.Errorf("remove shared memory segment %d: %w", id, err)
+	}
+	return nil
+}
