@@ -1,0 +1,273 @@
+package health
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// Database is what a [Reader] needs of a connection or a pool.
+type Database interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
+}
+
+// Snapshot is the state of the whole system at one moment, as far as the databases and the broker know it. It is
+// what `waystage status -o json` prints; fields are only ever added.
+type Snapshot struct {
+	At       time.Time        `json:"at"`
+	Epoch    string           `json:"epoch"`
+	Copy     string           `json:"copy"` // initial copy: none, running, done
+	Tables   int              `json:"tables"`
+	Down     Direction        `json:"down"` // source to mirror
+	Up       Direction        `json:"up"`   // mirror to source
+	Pending  Pending          `json:"pending"`
+	Sessions Sessions         `json:"sessions"`
+	Devices  Devices          `json:"devices"`
+	Rejects  map[string]int64 `json:"rejects"` // records in the log, by code
+	Queues   []Queue          `json:"queues"`
+	Pools    []Pool           `json:"pools"`
+	Source   Condition           `json:"source"`
+	Mirror   Condition           `json:"mirror"`
+}
+
+// Direction is one way of replication.
+type Direction struct {
+	Slot          string     `json:"slot"`           // empty: there is none yet
+	SlotStatus    string     `json:"slot_status"`    // reserved, extended, unreserved, lost; empty: no slot
+	SlotActive    bool       `json:"slot_active"`    // a capture reads it
+	LagBytes      int64      `json:"lag_bytes"`      // WAL written and not yet applied at the other side
+	LagSeconds    float64    `json:"lag_seconds"`    // upper bound of the age of the oldest change not yet applied
+	RetainedBytes int64      `json:"retained_bytes"` // WAL that the slot keeps on the server's disk
+	SafeBytes     *int64     `json:"safe_bytes"`     // WAL that may still be written before the slot is lost; null: no limit
+	Position      string     `json:"position"`
+	AppliedAt     *time.Time `json:"applied_at"` // commit time of the last transaction applied
+	Rewind        bool       `json:"rewind"`     // the applier has asked its capture to begin again
+}
+
+// Pending are records that are merged and have no verdict of the source yet.
+type Pending struct {
+	Records       int64   `json:"records"`
+	OldestSeconds float64 `json:"oldest_seconds"`
+}
+
+// Sessions counts sync sessions.
+type Sessions struct {
+	Staged        int64   `json:"staged"` // wait for merge
+	Merged        int64   `json:"merged"` // wait for reply
+	Total         int64   `json:"total"`  // ever taken (approximate)
+	OldestSeconds float64 `json:"oldest_seconds"`
+}
+
+// Devices counts devices.
+type Devices struct {
+	Enrolled int64 `json:"enrolled"`
+	Active   int64 `json:"active"` // synced within a day
+	Stale    int64 `json:"stale"`  // did not sync for 30 days
+	Blocked  int64 `json:"blocked"`
+	Users    int64 `json:"users"`
+}
+
+// Queue is one stream of the broker.
+type Queue struct {
+	Name          string  `json:"name"`
+	Messages      uint64  `json:"messages"`
+	Bytes         uint64  `json:"bytes"`
+	MaxBytes      int64   `json:"max_bytes"` // -1: unbounded
+	OldestSeconds float64 `json:"oldest_seconds"`
+}
+
+// Pool is what the operator asked of one stage.
+type Pool struct {
+	Stage string `json:"stage"`
+	Size  int    `json:"size"`
+	Mode  string `json:"mode"`
+}
+
+// Condition is a database server's own condition.
+type Condition struct {
+	XminAge         int64   `json:"xmin_age"`          // transactions since the oldest one still running
+	OldestTxSeconds float64 `json:"oldest_tx_seconds"` // age of the oldest transaction that writes
+}
+
+// Reader reads snapshots. One reader remembers positions between its reads, so that the lag in seconds is measured and
+// not guessed; its methods may be called from several goroutines.
+type Reader struct {
+	source, mirror Database
+	queues         func(context.Context) ([]Queue, error)
+
+	mu       sync.Mutex
+	down, up track
+}
+
+// NewReader makes a reader. queues may be nil.
+func NewReader(source, mirror Database, queues func(context.Context) ([]Queue, error)) *Reader {
+	return &Reader{source: source, mirror: mirror, queues: queues}
+}
+
+// track remembers where a server's log stood at earlier looks.
+type track struct {
+	seen []mark // ascending
+}
+
+type mark struct {
+	at  time.Time
+	lsn int64
+}
+
+// behind adds a look and answers the age of the newest position that is certainly not applied yet: how far the
+// applier is behind, at most. known is false at a first look with a backlog: only the past can tell.
+func (k *track) behind(now time.Time, written, applied int64) (seconds float64, known bool) {
+	if n := len(k.seen); n > 0 && k.seen[n-1].lsn > written {
+		k.seen = nil // another server, or one that was rebuilt
+	}
+	first := 0
+	for first < len(k.seen) && k.seen[first].lsn <= applied {
+		first++
+	}
+	// The last position that is applied bounds the age from above: keep it as the left end.
+	if first > 0 {
+		k.seen = k.seen[first-1:]
+		first = 1
+	}
+	if n := len(k.seen); n == 0 || k.seen[n-1].lsn < written {
+		k.seen = append(k.seen, mark{now, written})
+	}
+	const most = 4096
+	if len(k.seen) > most { // thin out: every second one, ends stay
+		thin := k.seen[:1]
+		for i := 2; i < len(k.seen)-1; i += 2 {
+			thin = append(thin, k.seen[i])
+		}
+		k.seen = append(thin, k.seen[len(k.seen)-1])
+	}
+	switch {
+	case applied >= written:
+		return 0, true
+	case first < len(k.seen) && k.seen[first].at != now:
+		return now.Sub(k.seen[first].at).Seconds(), true
+	case first > 0: // everything not applied was written since the last look
+		return now.Sub(k.seen[0].at).Seconds(), true
+	default:
+		return 0, false
+	}
+}
+
+// Read takes a snapshot. It fails only when nothing can be said: what one part cannot tell is left out and its error
+// joined, so that the rest is still shown.
+func (r *Reader) Read(ctx context.Context) (Snapshot, error) {
+	s := Snapshot{At: time.Now(), Rejects: map[string]int64{}, Queues: []Queue{}, Pools: []Pool{}}
+	var errs []error
+	note := func(what string, err error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", what, err))
+		}
+	}
+	note("mirror", r.readMirror(ctx, &s))
+	note("source", r.direction(ctx, r.source, "down", "waystage_down_", &s.Down, &r.down, s.Epoch))
+	note("mirror", r.direction(ctx, r.mirror, "up", "waystage_up_", &s.Up, &r.up, s.Epoch))
+	note("source", readServer(ctx, r.source, &s.Source))
+	note("mirror", readServer(ctx, r.mirror, &s.Mirror))
+	if r.queues != nil {
+		q, err := r.queues(ctx)
+		note("broker", err)
+		if q != nil {
+			s.Queues = q
+		}
+	}
+	return s, errors.Join(errs...)
+}
+
+func (r *Reader) readMirror(ctx context.Context, s *Snapshot) error {
+	if err := r.mirror.QueryRow(ctx, `
+		SELECT coalesce((SELECT value FROM waystage.meta WHERE key = 'epoch'), ''),
+		       coalesce((SELECT value FROM waystage.meta WHERE key = 'copy'), 'none'),
+		       (SELECT count(*) FROM waystage.synced_table),
+		       (SELECT count(*) FROM waystage.session WHERE state = 'staged'),
+		       (SELECT count(*) FROM waystage.session WHERE state = 'merged'),
+		       (SELECT coalesce(max(id), 0) FROM waystage.session),
+		       (SELECT coalesce(extract(epoch FROM clock_timestamp() - min(received_at)), 0)::float8 FROM waystage.session WHERE state IN ('staged', 'merged')),
+		       (SELECT count(*) FROM waystage.change WHERE state = 'merged'),
+		       (SELECT coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::float8 FROM waystage.change WHERE state = 'merged'),
+		       (SELECT count(*) FROM waystage.app_user)`).Scan(
+		&s.Epoch, &s.Copy, &s.Tables, &s.Sessions.Staged, &s.Sessions.Merged, &s.Sessions.Total, &s.Sessions.OldestSeconds,
+		&s.Pending.Records, &s.Pending.OldestSeconds, &s.Devices.Users); err != nil {
+		return err
+	}
+	if err := r.mirror.QueryRow(ctx, `
+		SELECT count(*) FILTER (WHERE public_key IS NOT NULL),
+		       count(*) FILTER (WHERE last_sync_at > now() - interval '1 day'),
+		       count(*) FILTER (WHERE public_key IS NOT NULL AND coalesce(last_sync_at, enrolled_at) < now() - interval '30 days'),
+		       count(*) FILTER (WHERE blocked)
+		  FROM waystage.device`).Scan(&s.Devices.Enrolled, &s.Devices.Active, &s.Devices.Stale, &s.Devices.Blocked); err != nil {
+		return err
+	}
+	rows, err := r.mirror.Query(ctx, `SELECT coalesce(code, ''), count(*) FROM waystage.change WHERE state IN ('rejected', 'refused') GROUP BY 1`)
+	if err != nil {
+		return err
+	}
+	var code string
+	var n int64
+	if _, err := pgx.ForEachRow(rows, []any{&code, &n}, func() error { s.Rejects[code] = n; return nil }); err != nil {
+		return err
+	}
+	rows, err = r.mirror.Query(ctx, `SELECT stage, size, mode FROM waystage.pool ORDER BY stage`)
+	if err != nil {
+		return err
+	}
+	var p Pool
+	_, err = pgx.ForEachRow(rows, []any{&p.Stage, &p.Size, &p.Mode}, func() error { s.Pools = append(s.Pools, p); return nil })
+	return err
+}
+
+// direction reads the slot at the captured server and the progress at the mirror. What the slot's reader has confirmed
+// is applied, and so is what progress says: the greater counts.
+func (r *Reader) direction(ctx context.Context, captured Database, name, prefix string, d *Direction, k *track, epoch string) error {
+	var position int64
+	err := r.mirror.QueryRow(ctx, `SELECT position::text, (position - '0/0')::int8, committed_at, rewind FROM waystage.progress WHERE direction = $1`, name).
+		Scan(&d.Position, &position, &d.AppliedAt, &d.Rewind)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil // not set up yet
+	}
+	if err != nil {
+		return err
+	}
+	slot := prefix + epoch[:min(8, len(epoch))]
+	var written, confirmed int64
+	err = captured.QueryRow(ctx, `
+		SELECT slot_name, active, coalesce(wal_status, ''), safe_wal_size,
+		       (w.lsn - coalesce(restart_lsn, w.lsn))::int8, (coalesce(confirmed_flush_lsn, '0/0') - '0/0')::int8, (w.lsn - '0/0')::int8
+		  FROM pg_replication_slots,
+		       (SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END AS lsn) w
+		 WHERE slot_name = $1`, slot).
+		Scan(&d.Slot, &d.SlotActive, &d.SlotStatus, &d.SafeBytes, &d.RetainedBytes, &confirmed, &written)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil // the slots check names it
+	}
+	if err != nil {
+		return err
+	}
+	applied := max(position, confirmed)
+	d.LagBytes = max(written-applied, 0)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	seconds, known := k.behind(time.Now(), written, applied)
+	switch {
+	case known:
+		d.LagSeconds = seconds
+	case d.AppliedAt != nil:
+		d.LagSeconds = max(time.Since(*d.AppliedAt).Seconds(), 0)
+	}
+	return nil
+}
+
+func readServer(ctx context.Context, db Database, s *Condition) error {
+	return db.QueryRow(ctx, `
+		SELECT (pg_snapshot_xmax(pg_current_snapshot())::text::int8 - pg_snapshot_xmin(pg_current_snapshot())::text::int8),
+		       coalesce((SELECT extract(epoch FROM clock_timestamp() - min(xact_start))::float8 FROM pg_stat_activity WHERE backend_xid IS NOT NULL), 0)`).
+		Scan(&s.XminAge, &s.OldestTxSeconds)
+}
