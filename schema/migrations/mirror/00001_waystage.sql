@@ -107,7 +107,7 @@ CREATE TABLE waystage.staging (
     bad_detail text
 ) PARTITION BY LIST (tbl);
 CREATE TABLE waystage_staging.unknown PARTITION OF waystage.staging DEFAULT;
-CREATE INDEX ON waystage.staging (session_id);
+CREATE INDEX ON waystage.staging (session_id, idx);
 
 -- The ledger: every uploaded record from its merge on. state merged = pending at the source (rule R1); the
 -- insert of such a row is what the up capture publishes. A rejected record keeps what was sent (img), what it
@@ -206,6 +206,47 @@ CREATE TABLE waystage.pool (
     mode       text NOT NULL DEFAULT 'run' CHECK (mode IN ('run', 'pause', 'drain')),
     changed_at timestamptz NOT NULL DEFAULT now()
 );
+
+-- The first value of a record that does not fit its column, and the database's words for it; nulls when all fit.
+-- Used after a set statement failed, to find the records that made it fail: input functions, unlike casts, know
+-- the column's length limit too.
+-- +goose StatementBegin
+CREATE FUNCTION waystage.bad_value(rel regclass, vals jsonb, OUT col text, OUT why text) LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    doc text[];
+    val text;
+    typ regtype;
+BEGIN
+    SELECT coalesce(array_agg(a.attname), '{}') INTO doc FROM pg_catalog.pg_attribute a
+    WHERE a.attrelid = rel AND NOT a.attisdropped AND a.atttypid IN ('json'::regtype, 'jsonb'::regtype);
+    BEGIN
+        IF NOT vals ?| doc THEN
+            EXECUTE format('SELECT jsonb_populate_record(NULL::%s, $1)', rel) USING vals;
+            RETURN;
+        END IF;
+    EXCEPTION WHEN OTHERS THEN
+        NULL; -- which one it is, is looked for below
+    END;
+    FOR col, val, typ IN
+        SELECT e.key, e.value, a.atttypid::regtype FROM jsonb_each_text(vals) e
+        JOIN pg_catalog.pg_attribute a ON a.attrelid = rel AND a.attname = e.key AND NOT a.attisdropped
+        ORDER BY a.attnum
+    LOOP
+        BEGIN
+            IF col = ANY (doc) THEN
+                EXECUTE format('SELECT $1::%s', typ) USING val;
+            ELSE
+                EXECUTE format('SELECT jsonb_populate_record(NULL::%s, $1)', rel) USING jsonb_build_object(col, val);
+            END IF;
+        EXCEPTION WHEN OTHERS THEN
+            why := SQLERRM;
+            RETURN;
+        END;
+    END LOOP;
+    col := NULL;
+END
+$$;
+-- +goose StatementEnd
 
 -- +goose Down
 DROP SCHEMA waystage_staging CASCADE;
