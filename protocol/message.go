@@ -36,6 +36,12 @@ type Request struct {
 	Oldest      string   `cbor:"13,keyasint,omitempty" json:"oldest,omitempty"`  // RFC 3339 time of the oldest unsent change, for the operator's eyes
 }
 
+// Values of Request.Wait; empty is WaitMerge.
+const (
+	WaitMerge  = "merge"
+	WaitSource = "source"
+)
+
 // Layout names the columns of a table in the order in which images carry their values.
 type Layout struct {
 	Table   string   `cbor:"1,keyasint" json:"table"` // "schema.table"

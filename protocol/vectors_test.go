@@ -1,0 +1,158 @@
+package protocol
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"flag"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+)
+
+var update = flag.Bool("update", false, "write the golden vectors instead of comparing with them")
+
+type vector struct {
+	name string
+	msg  any // *Request or *Page
+}
+
+// file is a golden vector as other implementations read it.
+type file struct {
+	Message string          `json:"message"` // request or page
+	CBOR    string          `json:"cbor"`    // hex
+	SHA256  string          `json:"sha256"`  // of the CBOR form
+	JSON    json.RawMessage `json:"json"`
+}
+
+func val(s string) Value { return &s }
+
+func vectors(testing.TB) []vector {
+	id := "3b1e9c6a-58f4-4c0e-9d6b-2f60b1a4c7aa"
+	req := func(n int64) Request {
+		return Request{V: Version, Incarnation: inc, N: n, Nonce: "8c1f0a37d2b94e65", Set: "field"}
+	}
+	page := func(n int64) Page {
+		return Page{V: Version, Incarnation: inc, N: n, Nonce: "8c1f0a37d2b94e65", Reply: "r-7f3a", Page: 1}
+	}
+	first := req(1)
+	edits := req(2)
+	edits.Cursor, edits.Schema, edits.Epoch, edits.Wait, edits.App = "e1.734.a9", "5d41402abc4b2a76", "e1", WaitSource, "visits 2.4"
+	edits.Oldest = "2026-11-22T20:15:00Z"
+	edits.Columns = []Layout{{Table: "care.visit", Columns: []string{"id", "patient_id", "note", "weight", "photo", "done"}}}
+	edits.Changes = []Change{
+		{Table: "care.visit", Op: Insert, Key: []Value{val(id)}, New: []Value{val(id), val("17"), val("first visit"), val("72.50"), val(`\x00ff`), val("f")}},
+		{Table: "care.visit", Op: Update, Key: []Value{val("2")}, Version: "711", Base: []Value{val("2"), val("17"), nil, nil, nil, val("f")}, New: []Value{val("2"), val("17"), val("späť"), nil, nil, val("t")}},
+		{Table: "care.visit", Op: Delete, Key: []Value{val("3")}, Version: "698", Base: []Value{val("3"), val("17"), val(""), nil, nil, val("t")}},
+	}
+	old := req(1)
+	old.Changes = []Change{{Table: "care.visit", Op: Delete, Key: []Value{val("3")}, Version: "698", Base: []Value{val("3")}}}
+	old.Columns = []Layout{{Table: "care.visit", Columns: []string{"id"}}}
+
+	schema := page(1)
+	schema.Epoch, schema.Refresh, schema.Sets, schema.Rows = "e1", true, []string{"field", "stock"}, 2
+	schema.Schema = &Definitions{Hash: "5d41402abc4b2a76", Tables: []Table{{
+		Name: "care.visit", Key: []string{"id"}, SubsetKey: "patient_id", Operations: "IUD",
+		Columns: []Column{
+			{Name: "id", Type: "uuid", NotNull: true}, {Name: "patient_id", Type: "integer", NotNull: true}, {Name: "note", Type: "text"},
+			{Name: "weight", Type: "numeric(5,2)"}, {Name: "photo", Type: "bytea"}, {Name: "done", Type: "boolean", NotNull: true, Default: "f"},
+		},
+		Unique:  [][]string{{"patient_id", "note"}},
+		Foreign: []ForeignKey{{Columns: []string{"patient_id"}, Table: "care.patient", Refers: []string{"id"}}},
+	}}}
+	schema.Tables = []TableRows{{Table: "care.visit", Columns: []string{"id", "patient_id", "note", "weight", "photo", "done"}, Rows: []Row{
+		{Version: "711", Values: []Value{val("2"), val("17"), nil, nil, nil, val("f")}},
+	}}}
+	last := page(1)
+	last.Page, last.Last, last.Cursor, last.Epoch = 2, true, "e1.734.a9", "e1"
+	last.Tables = []TableRows{{Table: "care.visit", Columns: []string{"id", "patient_id", "note", "weight", "photo", "done"}, Rows: []Row{
+		{Version: "698", Values: []Value{val("3"), val("17"), val(""), nil, nil, val("t")}},
+	}}}
+	delta := page(2)
+	delta.Last, delta.CursorFrom, delta.Cursor, delta.Epoch, delta.More = true, "e1.734.a9", "e1.760.1c", "e1", true
+	delta.Tables = []TableRows{{
+		Table: "care.visit", Columns: []string{"id", "patient_id", "note"}, Gone: []string{"18"}, Deletes: [][]Value{{val("3")}},
+		Rows: []Row{{Version: "755", Values: []Value{val(id), val("17"), val("first visit")}}},
+	}}
+	verdicts := page(2)
+	verdicts.Last, verdicts.CursorFrom, verdicts.Cursor, verdicts.Epoch = true, "e1.734.a9", "e1.760.1c", "e1"
+	verdicts.Verdicts = []Verdict{
+		{Incarnation: inc, N: 2, Index: 0, Table: "care.visit", Key: []Value{val(id)}, State: Merged, Version: "755", ID: 9001},
+		{Incarnation: inc, N: 2, Index: 1, Table: "care.visit", Key: []Value{val("2")}, State: Rejected, Code: CodeStale, Detail: "the row was changed at the source since version 711", ID: 9002},
+		{Incarnation: inc, N: 1, Index: 4, Table: "care.visit", Key: []Value{val("9")}, State: Refused, Code: CodeConstraint, Detail: `new row for relation "visit" violates check constraint "visit_weight_check"`, Constraint: "visit_weight_check", ID: 8977},
+		{Incarnation: inc, N: 1, Index: 5, Table: "care.visit", Key: []Value{val("10")}, State: Applied, ID: 8978},
+	}
+	refused := func(e Error) *Page {
+		p := page(3)
+		p.Last, p.Error = true, &e
+		p.Sets = []string{"field"}
+		return &p
+	}
+	return []vector{
+		{"request-first", &first},
+		{"request-changes", &edits},
+		{"request-old-epoch", &old},
+		{"page-schema", &schema},
+		{"page-last", &last},
+		{"page-delta", &delta},
+		{"page-verdicts", &verdicts},
+		{"page-error-forked", refused(Error{Code: CodeForked, Message: "session 3 does not continue this incarnation: the device was restored or copied; it goes on under a new incarnation"})},
+		{"page-error-epoch", refused(Error{Code: CodeEpoch, Message: "the mirror was rebuilt: send everything again under a new incarnation"})},
+		{"page-error-busy", refused(Error{Code: CodeBusy, Message: "the input queue is full: try again in 5 seconds", Retry: 5})},
+	}
+}
+
+// TestVectors holds the wire format still: a difference means that devices in the field would no longer understand.
+func TestVectors(t *testing.T) {
+	dir := filepath.Join("testdata", "vectors")
+	if *update {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, v := range vectors(t) {
+		t.Run(v.name, func(t *testing.T) {
+			bin, text := must(t, v.msg, ContentCBOR), must(t, v.msg, ContentJSON)
+			f := file{Message: "page", CBOR: hex.EncodeToString(bin), SHA256: hex.EncodeToString(Hash(bin)), JSON: text}
+			if _, ok := v.msg.(*Request); ok {
+				f.Message = "request"
+			}
+			name := filepath.Join(dir, v.name+".json")
+			if *update {
+				out, err := json.MarshalIndent(f, "", "  ")
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(name, append(out, '\n'), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			raw, err := os.ReadFile(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var want file
+			if err := json.Unmarshal(raw, &want); err != nil {
+				t.Fatal(err)
+			}
+			if want.CBOR != f.CBOR || want.SHA256 != f.SHA256 || want.Message != f.Message {
+				t.Fatalf("CBOR differs from %s:\n%s\n%s", name, f.CBOR, want.CBOR)
+			}
+			for ct, data := range map[string][]byte{ContentCBOR: bin, ContentJSON: want.JSON} {
+				var back any
+				if f.Message == "request" {
+					back, err = DecodeRequest(data, ct, DefaultLimits())
+				} else {
+					back, err = DecodePage(data, ct, DefaultLimits())
+				}
+				if err != nil {
+					t.Fatalf("%s: %v", ct, err)
+				}
+				if !reflect.DeepEqual(back, v.msg) {
+					t.Fatalf("%s: %s", ct, strings.TrimSpace(string(must(t, back, ContentJSON))))
+				}
+			}
+		})
+	}
+}
