@@ -112,13 +112,15 @@ const MaxFrame = 1 << 30
 
 // Feed takes the next body and calls fn for every whole frame in it. The frame passed to fn is valid only during the call.
 func (f *Frames) Feed(body []byte, fn func(frame []byte) error) error {
-	buf := body
-	if len(f.rest) > 0 {
-		buf = append(f.rest, body...)
+	buf, joined := body, len(f.rest) > 0
+	if joined {
+		// The partial frame grows in place: a frame over many parts costs its length, not its length squared.
+		f.rest = append(f.rest, body...)
+		buf = f.rest
 	}
 	for len(buf) > 0 {
 		n, w := binary.Uvarint(buf)
-		if w < 0 || n > MaxFrame {
+		if w < 0 || n > MaxFrame || (w == 0 && len(buf) >= binary.MaxVarintLen64) {
 			return fmt.Errorf("%w: frame length", ErrNotChangeData)
 		}
 		if w == 0 || uint64(len(buf)-w) < n {
@@ -129,7 +131,13 @@ func (f *Frames) Feed(body []byte, fn func(frame []byte) error) error {
 		}
 		buf = buf[w+int(n):]
 	}
-	f.rest = append([]byte(nil), buf...)
+	switch {
+	case len(buf) == 0:
+		f.rest = nil
+	case joined && len(buf) == len(f.rest): // nothing was whole yet
+	default:
+		f.rest = append([]byte(nil), buf...)
+	}
 	return nil
 }
 
