@@ -31,8 +31,8 @@ type Snapshot struct {
 	Rejects  map[string]int64 `json:"rejects"` // records in the log, by code
 	Queues   []Queue          `json:"queues"`
 	Pools    []Pool           `json:"pools"`
-	Source   Condition           `json:"source"`
-	Mirror   Condition           `json:"mirror"`
+	Source   Condition        `json:"source"`
+	Mirror   Condition        `json:"mirror"`
 }
 
 // Direction is one way of replication.
@@ -111,34 +111,36 @@ func NewReader(source, mirror Database, queues func(context.Context) ([]Queue, e
 
 // track remembers where a server's log stood at earlier looks.
 type track struct {
-	seen []mark // ascending
+	seen []mark // ascending by lsn
 }
 
+// mark is a position that the log was seen at from first to last.
 type mark struct {
-	at  time.Time
-	lsn int64
+	first, last time.Time
+	lsn         int64
 }
 
-// behind adds a look and answers the age of the newest position that is certainly not applied yet: how far the
-// applier is behind, at most. known is false at a first look with a backlog: only the past can tell.
+// behind adds a look and answers how old the oldest change that is not applied can be, at most: as old as the last look
+// at which everything written then is applied now. Without such a look it is as old as the first look, at
+// least; at the very first look with a backlog nothing is known.
 func (k *track) behind(now time.Time, written, applied int64) (seconds float64, known bool) {
 	if n := len(k.seen); n > 0 && k.seen[n-1].lsn > written {
 		k.seen = nil // another server, or one that was rebuilt
 	}
-	first := 0
-	for first < len(k.seen) && k.seen[first].lsn <= applied {
-		first++
+	done := 0 // marks that are applied
+	for done < len(k.seen) && k.seen[done].lsn <= applied {
+		done++
 	}
-	// The last position that is applied bounds the age from above: keep it as the left end.
-	if first > 0 {
-		k.seen = k.seen[first-1:]
-		first = 1
+	if done > 0 {
+		k.seen, done = k.seen[done-1:], 1
 	}
-	if n := len(k.seen); n == 0 || k.seen[n-1].lsn < written {
-		k.seen = append(k.seen, mark{now, written})
+	if n := len(k.seen); n > 0 && k.seen[n-1].lsn == written {
+		k.seen[n-1].last = now
+	} else {
+		k.seen = append(k.seen, mark{now, now, written})
 	}
 	const most = 4096
-	if len(k.seen) > most { // thin out: every second one, ends stay
+	if len(k.seen) > most { // thin out: every second one; the ends stay
 		thin := k.seen[:1]
 		for i := 2; i < len(k.seen)-1; i += 2 {
 			thin = append(thin, k.seen[i])
@@ -148,12 +150,10 @@ func (k *track) behind(now time.Time, written, applied int64) (seconds float64, 
 	switch {
 	case applied >= written:
 		return 0, true
-	case first < len(k.seen) && k.seen[first].at != now:
-		return now.Sub(k.seen[first].at).Seconds(), true
-	case first > 0: // everything not applied was written since the last look
-		return now.Sub(k.seen[0].at).Seconds(), true
+	case done > 0:
+		return now.Sub(k.seen[0].last).Seconds(), true
 	default:
-		return 0, false
+		return now.Sub(k.seen[0].first).Seconds(), len(k.seen) > 1 || k.seen[0].first != now
 	}
 }
 
