@@ -1,0 +1,265 @@
+package schema
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// Level says how much a finding matters.
+type Level string
+
+// Levels.
+const (
+	OK      Level = "ok"
+	Info    Level = "info"    // worth knowing
+	Warning Level = "warning" // works, with a risk
+	Failure Level = "error"   // would not work, or not safely
+)
+
+// Finding is one result of the preflight.
+type Finding struct {
+	Level  Level  `json:"level"`
+	Code   string `json:"code"`             // stable name, e.g. "wal_level"
+	Where  string `json:"where"`            // source, mirror, or a table
+	What   string `json:"what"`             // what was found, and why it matters
+	Remedy string `json:"remedy,omitempty"` // what to run
+}
+
+// findings collects them under one place.
+type findings struct {
+	where string
+	list  []Finding
+}
+
+func (f *findings) add(level Level, code, remedy, format string, args ...any) {
+	f.list = append(f.list, Finding{Level: level, Code: code, Where: f.where, What: fmt.Sprintf(format, args...), Remedy: remedy})
+}
+
+const minMajor = 15
+
+// Preflight looks at both databases and names everything that would keep Waystage from working safely with these
+// tables ("schema.table"), each with its remedy. suffix is that of an existing installation's slots, "" before the first start. It changes
+// nothing. An unreachable database is a finding too; the error is for a cancelled context only.
+func Preflight(ctx context.Context, sourceDSN, mirrorDSN string, tables []string, suffix string) ([]Finding, error) {
+	var all []Finding
+	for _, side := range []struct {
+		name, dsn string
+		look      func(context.Context, *pgx.Conn, *findings) error
+	}{
+		{"source", sourceDSN, func(ctx context.Context, c *pgx.Conn, f *findings) error {
+			return lookAtSource(ctx, c, f, tables, suffix)
+		}},
+		{"mirror", mirrorDSN, func(ctx context.Context, c *pgx.Conn, f *findings) error { return lookAtMirror(ctx, c, f, suffix) }},
+	} {
+		f := &findings{where: side.name}
+		conn, err := Connect(ctx, side.dsn, "waystage-check")
+		if err == nil {
+			f.add(OK, "connect", "", "reached %s as %s", conn.Config().Database, conn.Config().User)
+			err = side.look(ctx, conn, f)
+			closeConn(conn)
+		}
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		if err != nil {
+			f.add(Failure, "connect", "check "+side.name+".dsn: host, port, database, user, password and TLS mode", "%v", err)
+		}
+		all = append(all, f.list...)
+	}
+	return all, nil
+}
+
+// lookAtServer checks what both sides need of their server.
+func lookAtServer(ctx context.Context, c *pgx.Conn, f *findings, slot string) error {
+	var version, maxSlots, usedSlots, maxSenders, usedSenders int
+	var walLevel, keep, versionText string
+	var standby, replication, exists bool
+	err := c.QueryRow(ctx, `SELECT current_setting('server_version_num')::int, current_setting('server_version'), current_setting('wal_level'), pg_is_in_recovery(),
+		current_setting('max_replication_slots')::int, (SELECT count(*) FROM pg_replication_slots),
+		current_setting('max_wal_senders')::int, (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'walsender'),
+		current_setting('max_slot_wal_keep_size'),
+		(SELECT rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user)
+			OR EXISTS (SELECT 1 FROM pg_roles r WHERE r.rolname IN ('rds_replication', 'rds_superuser', 'cloudsqlsuperuser', 'azure_pg_admin') AND pg_has_role(r.oid, 'member')),
+		EXISTS (SELECT 1 FROM pg_replication_slots WHERE slot_name = $1)`, slot).
+		Scan(&version, &versionText, &walLevel, &standby, &maxSlots, &usedSlots, &maxSenders, &usedSenders, &keep, &replication, &exists)
+	if err != nil {
+		return err
+	}
+	if version/10000 < minMajor {
+		f.add(Failure, "version", fmt.Sprintf("upgrade the server to PostgreSQL %d or later", minMajor), "PostgreSQL %s is too old: column lists and row filters of publications are missing", versionText)
+	} else {
+		f.add(OK, "version", "", "PostgreSQL %s", versionText)
+	}
+	if standby {
+		f.add(Failure, "standby", "name the primary in the connection string; with several hosts add target_session_attrs=read-write", "the server is a standby: nothing can be written there")
+	}
+	if walLevel == "logical" {
+		f.add(OK, "wal_level", "", "wal_level = logical")
+	} else {
+		f.add(Failure, "wal_level", "ALTER SYSTEM SET wal_level = logical; then restart the server (managed servers: set it in the parameter group, e.g. rds.logical_replication = 1)",
+			"wal_level = %s: changes can't be read from the log", walLevel)
+	}
+	if !exists && usedSlots >= maxSlots {
+		f.add(Failure, "max_replication_slots", fmt.Sprintf("drop an unused slot, or ALTER SYSTEM SET max_replication_slots = %d; then restart", maxSlots+2), "all %d replication slots are taken; Waystage needs one", maxSlots)
+	} else {
+		f.add(OK, "max_replication_slots", "", "%d of %d replication slots are taken", usedSlots, maxSlots)
+	}
+	if usedSenders >= maxSenders {
+		f.add(Failure, "max_wal_senders", fmt.Sprintf("ALTER SYSTEM SET max_wal_senders = %d; then restart", maxSenders+2), "all %d WAL senders are taken; Waystage needs one, and one more for the initial copy", maxSenders)
+	}
+	if keep == "-1" {
+		f.add(Warning, "max_slot_wal_keep_size", "ALTER SYSTEM SET max_slot_wal_keep_size = '20GB'; SELECT pg_reload_conf();",
+			"max_slot_wal_keep_size is unlimited: if Waystage is down for long, kept WAL can fill the disk")
+	}
+	if !replication {
+		f.add(Failure, "replication", "ALTER ROLE "+Quote(c.Config().User)+" REPLICATION; (managed servers: GRANT rds_replication or the provider's role)", "role %s may not read the log", c.Config().User)
+	}
+	return lookAtSlot(ctx, c, f, slot)
+}
+
+// lookAtSlot checks a slot that exists already.
+func lookAtSlot(ctx context.Context, c *pgx.Conn, f *findings, slot string) error {
+	var status, plugin string
+	var retained int64
+	err := c.QueryRow(ctx, `SELECT coalesce(wal_status, ''), coalesce(plugin, ''), coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::bigint
+		FROM pg_replication_slots WHERE slot_name = $1 AND NOT pg_is_in_recovery()`, slot).Scan(&status, &plugin, &retained)
+	switch {
+	case err == pgx.ErrNoRows:
+		return nil
+	case err != nil:
+		return err
+	case status == "lost":
+		f.add(Failure, "slot_lost", "waystage init --recopy makes a new slot and copies the tables anew; unsent device changes stay", "slot %s is lost: the server removed WAL that was still needed (max_slot_wal_keep_size)", slot)
+	case plugin != "pgoutput":
+		f.add(Failure, "slot_plugin", "SELECT pg_drop_replication_slot("+Literal(slot)+"), if nothing else uses it", "slot %s belongs to plugin %q", slot, plugin)
+	default:
+		f.add(OK, "slot", "", "slot %s holds back %s of WAL (%s)", slot, byteSize(retained), status)
+	}
+	return nil
+}
+
+func lookAtSource(ctx context.Context, c *pgx.Conn, f *findings, tables []string, suffix string) error {
+	if err := lookAtServer(ctx, c, f, "waystage_down_"+suffix); err != nil {
+		return err
+	}
+	var create, made bool
+	err := c.QueryRow(ctx, `SELECT has_database_privilege(current_database(), 'CREATE'), EXISTS (SELECT 1 FROM pg_namespace WHERE nspname = 'waystage')`).Scan(&create, &made)
+	if err != nil {
+		return err
+	}
+	if !create {
+		f.add(Failure, "create", "GRANT CREATE ON DATABASE "+Quote(c.Config().Database)+" TO "+Quote(c.Config().User)+";", "role %s may not create schema waystage and the publication", c.Config().User)
+	}
+	found, problems, err := ReadTables(ctx, c, tables)
+	if err != nil {
+		return err
+	}
+	for _, p := range problems {
+		level := Failure
+		if p.Warning {
+			level = Warning
+		}
+		f.list = append(f.list, Finding{Level: level, Code: "table", Where: p.Table, What: p.Message, Remedy: p.Remedy})
+	}
+	for _, t := range found {
+		if err := lookAtTable(ctx, c, f, t); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// lookAtTable checks privileges and warns of what the source does by itself when our changes arrive.
+func lookAtTable(ctx context.Context, c *pgx.Conn, server *findings, t *Table) error {
+	f := &findings{where: t.FullName()}
+	user := c.Config().User
+	var sel, ins, upd, del, owner, rls, bypass bool
+	var triggers, cascades int
+	err := c.QueryRow(ctx, `SELECT has_table_privilege(c.oid, 'SELECT'), has_table_privilege(c.oid, 'INSERT'), has_table_privilege(c.oid, 'UPDATE'), has_table_privilege(c.oid, 'DELETE'),
+			pg_has_role(c.relowner, 'USAGE'), c.relrowsecurity AND (c.relforcerowsecurity OR NOT pg_has_role(c.relowner, 'USAGE')),
+			(SELECT rolbypassrls OR rolsuper FROM pg_roles WHERE rolname = current_user),
+			(SELECT count(*) FROM pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal AND tgenabled <> 'D'),
+			(SELECT count(*) FROM pg_constraint WHERE confrelid = c.oid AND contype = 'f' AND confdeltype IN ('c', 'n', 'd'))
+		FROM pg_class c WHERE c.oid = $1::text::regclass`, t.Ident()).Scan(&sel, &ins, &upd, &del, &owner, &rls, &bypass, &triggers, &cascades)
+	if err != nil {
+		return err
+	}
+	var missing []string
+	for _, p := range []struct {
+		name string
+		has  bool
+	}{{"SELECT", sel}, {"INSERT", ins}, {"UPDATE", upd}, {"DELETE", del}} {
+		if !p.has {
+			missing = append(missing, p.name)
+		}
+	}
+	if len(missing) > 0 {
+		level := Warning
+		if !sel {
+			level = Failure
+		}
+		f.add(level, "privileges", fmt.Sprintf("GRANT %s ON %s TO %s;", strings.Join(missing, ", "), t.Ident(), Quote(user)),
+			"role %s lacks %s: devices' changes of this kind will be refused by the source", user, strings.Join(missing, ", "))
+	}
+	if !owner {
+		f.add(Failure, "owner", fmt.Sprintf("as the owner or a superuser: GRANT <owner> TO %s; or CREATE PUBLICATION waystage FOR TABLE ... beforehand", Quote(user)),
+			"role %s does not own the table: it can't add it to a publication", user)
+	}
+	if rls && !bypass {
+		f.add(Failure, "row_security", "ALTER ROLE "+Quote(user)+" BYPASSRLS;", "row security hides rows from role %s: a hidden row would look like a deleted one", user)
+	}
+	if triggers > 0 {
+		f.add(Info, "triggers", "", "%d trigger(s) run when devices' changes arrive; what they do to the row comes back to the devices", triggers)
+	}
+	if cascades > 0 {
+		f.add(Info, "cascades", "", "%d foreign key(s) of other tables act when a row is deleted here; rows they remove leave the devices too", cascades)
+	}
+	if len(f.list) == 0 {
+		f.add(OK, "table", "", "%d columns, key (%s)", len(t.Columns), strings.Join(t.Key, ", "))
+	}
+	server.list = append(server.list, f.list...)
+	return nil
+}
+
+func lookAtMirror(ctx context.Context, c *pgx.Conn, f *findings, suffix string) error {
+	if err := lookAtServer(ctx, c, f, "waystage_up_"+suffix); err != nil {
+		return err
+	}
+	var create, role, mayCreateRole bool
+	var age int64
+	err := c.QueryRow(ctx, `SELECT has_database_privilege(current_database(), 'CREATE'), EXISTS (SELECT 1 FROM pg_roles WHERE rolname = 'waystage_reader'),
+			(SELECT rolcreaterole OR rolsuper FROM pg_roles WHERE rolname = current_user),
+			coalesce((SELECT extract(epoch FROM max(now() - xact_start)) FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()), 0)::bigint`).
+		Scan(&create, &role, &mayCreateRole, &age)
+	if err != nil {
+		return err
+	}
+	if !create {
+		f.add(Failure, "create", "GRANT CREATE ON DATABASE "+Quote(c.Config().Database)+" TO "+Quote(c.Config().User)+";", "role %s may not create schemas", c.Config().User)
+	}
+	if !role && !mayCreateRole {
+		f.add(Failure, "reader_role", "CREATE ROLE waystage_reader NOLOGIN; GRANT waystage_reader TO "+Quote(c.Config().User)+";", "role waystage_reader, under which the subscriptions' queries run, does not exist and can't be created")
+	}
+	if age > 300 {
+		f.add(Warning, "old_transaction", "SELECT pid, xact_start, query FROM pg_stat_activity WHERE backend_xid IS NOT NULL ORDER BY xact_start; end the oldest",
+			"a writing transaction on the mirror's server has been open for %d s: meanwhile every sync sends again what changed since it began", age)
+	}
+	return nil
+}
+
+// byteSize renders a number of bytes for people.
+func byteSize(n int64) string {
+	const units = "kMGTP"
+	if n < 1024 {
+		return strconv.FormatInt(n, 10) + " B"
+	}
+	f, i := float64(n)/1024, 0
+	for f >= 1024 && i < len(units)-1 {
+		f, i = f/1024, i+1
+	}
+	return fmt.Sprintf("%.1f %ciB", f, units[i])
+}
