@@ -1,0 +1,209 @@
+package schema
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"slices"
+	"strings"
+)
+
+// Direction of a subscription, seen from the device.
+type Direction string
+
+// Directions.
+const (
+	TwoWay       Direction = "two-way"
+	DownloadOnly Direction = "download-only"
+	UploadOnly   Direction = "upload-only"
+)
+
+// Subscription says which part of one table a device holds and may change.
+type Subscription struct {
+	Name      string
+	Table     string   // "schema.table"
+	Columns   []string // columns that devices get, in the order written; empty: all
+	Key       string   // subset key column: its value decides whose row it is; empty: all rows for everybody
+	Rows      string   // SQL query for the key values that a user may see; given with Key, and only then
+	Direction Direction
+	Allow     string // operations that devices may upload, a subset of "IUD"
+
+	rows    *rowsQuery
+	keyType string // the key column's type in the mirror, once checked
+	place   place
+	places  map[string]place // of its settings
+	columns []place
+}
+
+// Set is a subscription set: what is synced in one session, in this order.
+type Set struct {
+	Name          string
+	Subscriptions []string
+	place         place
+	places        []place
+}
+
+// Group gives its members sets.
+type Group struct {
+	Name   string
+	Sets   []string
+	place  place
+	places []place
+}
+
+// Definitions are a parsed definitions file.
+type Definitions struct {
+	File          string // for messages
+	Body          string // the file as written
+	Subscriptions []*Subscription
+	Sets          []Set
+	Groups        []Group
+}
+
+// place is a position in the definitions file, both from 1.
+type place struct{ line, column int }
+
+// SHA256 of the body, in hex: the version's identity.
+func (d *Definitions) SHA256() string {
+	sum := sha256.Sum256([]byte(d.Body))
+	return hex.EncodeToString(sum[:])
+}
+
+// TableNames are the full names of all tables that have a subscription, sorted. A subscription that is in no set
+// still has its table mirrored, for the rows queries of others.
+func (d *Definitions) TableNames() []string {
+	var out []string
+	for _, s := range d.Subscriptions {
+		out = append(out, s.Table)
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}
+
+// SubsetKey is the subset key column of a table, the same in all its subscriptions that have one; all tells whether
+// some subscription of the table takes all rows.
+func (d *Definitions) SubsetKey(table string) (key string, all bool) {
+	for _, s := range d.Subscriptions {
+		if s.Table != table {
+			continue
+		}
+		if s.Key == "" {
+			all = true
+		} else {
+			key = s.Key
+		}
+	}
+	return key, all
+}
+
+// SetsFor are the sets of a member of these groups, in sync order: groups as given, sets as written, each once.
+func (d *Definitions) SetsFor(groups []string) []string {
+	var out []string
+	for _, name := range groups {
+		for _, g := range d.Groups {
+			if g.Name != name {
+				continue
+			}
+			for _, s := range g.Sets {
+				if !slices.Contains(out, s) {
+					out = append(out, s)
+				}
+			}
+		}
+	}
+	return out
+}
+
+// SubscriptionsOf are a set's subscriptions in order; nil when there is no such set.
+func (d *Definitions) SubscriptionsOf(set string) []*Subscription {
+	var out []*Subscription
+	for _, s := range d.Sets {
+		if s.Name != set {
+			continue
+		}
+		for _, name := range s.Subscriptions {
+			if sub := d.subscription(name); sub != nil {
+				out = append(out, sub)
+			}
+		}
+	}
+	return out
+}
+
+// HasGroup tells whether a group is defined.
+func (d *Definitions) HasGroup(name string) bool {
+	return slices.ContainsFunc(d.Groups, func(g Group) bool { return g.Name == name })
+}
+
+// Conflicts names the tables that a member of all these groups would get by more than one subscription: a device keeps
+// a table once. Empty when the combination is good.
+func (d *Definitions) Conflicts(groups []string) []string {
+	seen := map[string]string{}
+	var out []string
+	for _, set := range d.SetsFor(groups) {
+		for _, s := range d.SubscriptionsOf(set) {
+			// The same subscription in two sets is twice the same table, too: each set has a cursor of its own.
+			if first, ok := seen[s.Table]; ok && first != set+"\x00"+s.Name && !slices.Contains(out, s.Table) {
+				out = append(out, s.Table)
+			}
+			seen[s.Table] = set + "\x00" + s.Name
+		}
+	}
+	return out
+}
+
+func (d *Definitions) subscription(name string) *Subscription {
+	for _, s := range d.Subscriptions {
+		if s.Name == name {
+			return s
+		}
+	}
+	return nil
+}
+
+// Allows tells whether devices may upload this operation ("I", "U" or "D").
+func (s *Subscription) Allows(op string) bool { return op != "" && strings.Contains(s.Allow, op) }
+
+// Downloads tells whether devices get rows.
+func (s *Subscription) Downloads() bool { return s.Direction != UploadOnly }
+
+// ColumnsOf are the columns that devices get, in the table's order.
+func (s *Subscription) ColumnsOf(t *Table) []Column {
+	if len(s.Columns) == 0 {
+		return t.Columns
+	}
+	var out []Column
+	for _, c := range t.Columns {
+		if slices.Contains(s.Columns, c.Name) {
+			out = append(out, c)
+		}
+	}
+	return out
+}
+
+// KeyQuery is a query with one text column, key: the distinct subset key values of one user, in the form that
+// [Column.Text] gives. userExpr and attrExpr are SQL expressions for the user's name (text) and attributes (jsonb):
+// "$1" and "$2" for one user, "u.name" and "u.attributes" inside LATERAL for many. It is evaluated as role
+// [ReaderRole]. It needs checked definitions ([Definitions.Check]) and is empty for a subscription of all rows.
+func (s *Subscription) KeyQuery(userExpr, attrExpr string) string {
+	if s.Key == "" || s.rows == nil {
+		return ""
+	}
+	key := Column{MirrorType: s.keyType}
+	// The line break ends a comment that the query may end with.
+	return "SELECT DISTINCT " + key.Text("q.k::"+s.keyType) + " AS key FROM (" +
+		s.rows.render("("+userExpr+")::pg_catalog.text", "("+attrExpr+")::pg_catalog.jsonb") + "\n) AS q(k) WHERE q.k IS NOT NULL"
+}
+
+// Text is an SQL expression for the canonical text of a value of the column's type, as the wire and the change data
+// have it. For a few types the cast to text says something else than the type's output ('true' for 't', '10.0.0.1/32' for
+// '10.0.0.1', no padding).
+func (c Column) Text(expr string) string {
+	base, _, _ := strings.Cut(c.MirrorType, "(")
+	switch base {
+	case "boolean", "character", `"char"`, "inet", "cidr", "name":
+		return "(CASE WHEN (" + expr + ") IS NOT NULL THEN pg_catalog.format('%s', " + expr + ") END)"
+	case "text":
+		return expr
+	}
+	return "(" + expr + ")::pg_catalog.text"
+}

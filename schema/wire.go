@@ -1,0 +1,133 @@
+package schema
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/waystage/waystage/protocol"
+)
+
+// Wire describes a set's tables to a device, in the set's order. The hash changes exactly when the description does.
+// It is nil when there is no such set.
+func (d *Definitions) Wire(set string, tables []*Table) *protocol.Definitions {
+	subs := d.SubscriptionsOf(set)
+	if len(subs) == 0 {
+		return nil
+	}
+	byName, inSet := map[string]*Table{}, map[string][]Column{}
+	for _, t := range tables {
+		byName[t.FullName()] = t
+	}
+	for _, s := range subs {
+		if t := byName[s.Table]; t != nil {
+			inSet[s.Table] = s.ColumnsOf(t)
+		}
+	}
+	out := &protocol.Definitions{}
+	for _, s := range subs {
+		t := byName[s.Table]
+		if t == nil {
+			continue
+		}
+		cols := inSet[s.Table]
+		pt := protocol.Table{Name: s.Table, Key: t.Key, SubsetKey: s.Key, Operations: s.Allow}
+		for _, c := range cols {
+			pt.Columns = append(pt.Columns, protocol.Column{Name: c.Name, Type: c.Type, NotNull: c.NotNull, Default: c.Default})
+		}
+		for _, u := range t.Unique {
+			if covers(cols, u) {
+				pt.Unique = append(pt.Unique, u)
+			}
+		}
+		for _, f := range t.Foreign {
+			if parent, ok := inSet[f.Table]; ok && covers(cols, f.Columns) && covers(parent, f.Refers) {
+				pt.Foreign = append(pt.Foreign, protocol.ForeignKey{Columns: f.Columns, Table: f.Table, Refers: f.Refers})
+			}
+		}
+		out.Tables = append(out.Tables, pt)
+	}
+	// Only strings, booleans and lists of them: marshalling cannot fail.
+	text, _ := json.Marshal(out.Tables)
+	sum := sha256.Sum256(text)
+	out.Hash = hex.EncodeToString(sum[:8])
+	return out
+}
+
+func covers(cols []Column, names []string) bool {
+	return !slices.ContainsFunc(names, func(n string) bool {
+		return !slices.ContainsFunc(cols, func(c Column) bool { return c.Name == n })
+	})
+}
+
+// ErrNotSetUp is returned when the mirror has no tables or definitions yet.
+var ErrNotSetUp = errors.New("the mirror is not set up yet: waystage serve does it when it starts")
+
+// LoadTables reads the synced tables from the mirror, parents first.
+func LoadTables(ctx context.Context, q Querier) ([]*Table, error) {
+	rows, err := q.Query(ctx, "SELECT id, definition FROM waystage.synced_table ORDER BY rank, schema_name, table_name")
+	if err != nil {
+		return nil, fmt.Errorf("load tables: %w", err)
+	}
+	tables, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (*Table, error) {
+		var id int
+		var def []byte
+		if err := row.Scan(&id, &def); err != nil {
+			return nil, err
+		}
+		t := &Table{}
+		if err := json.Unmarshal(def, t); err != nil {
+			return nil, err
+		}
+		t.ID = id
+		return t, nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("load tables: %w", err)
+	}
+	return tables, nil
+}
+
+// SaveDefinitions stores the definitions as the version in force and returns its number. The same body again is no
+// new version.
+func SaveDefinitions(ctx context.Context, q Querier, d *Definitions) (int, error) {
+	var version int
+	err := q.QueryRow(ctx, `WITH last AS (SELECT version, sha256 FROM waystage.definition ORDER BY version DESC LIMIT 1),
+		new AS (INSERT INTO waystage.definition (body, sha256) SELECT $1, $2 WHERE $2 IS DISTINCT FROM (SELECT sha256 FROM last) RETURNING version)
+		SELECT coalesce((SELECT version FROM new), (SELECT version FROM last))`, d.Body, d.SHA256()).Scan(&version)
+	if err != nil {
+		return 0, fmt.Errorf("save definitions: %w", err)
+	}
+	return version, nil
+}
+
+// LoadDefinitions reads the version in force, and the tables, against which it is complete. [ErrNotSetUp] when there is none.
+func LoadDefinitions(ctx context.Context, q Querier) (*Definitions, []*Table, error) {
+	var version int
+	var body string
+	err := q.QueryRow(ctx, "SELECT version, body FROM waystage.definition ORDER BY version DESC LIMIT 1").Scan(&version, &body)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, nil, ErrNotSetUp
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("load definitions: %w", err)
+	}
+	tables, err := LoadTables(ctx, q)
+	if err != nil {
+		return nil, nil, err
+	}
+	d, problems := ParseDefinitions(fmt.Sprintf("definitions version %d", version), []byte(body))
+	if d != nil {
+		problems = append(problems, d.Check(tables)...)
+	}
+	if _, err := Refusing(problems); err != nil {
+		return nil, nil, fmt.Errorf("load definitions: %w", err)
+	}
+	return d, tables, nil
+}
