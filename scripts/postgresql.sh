@@ -30,7 +30,7 @@ fi
 
 # works DIR: the programs in DIR are there, run, and are of the wanted version.
 works() {
-    [ -x "$1/initdb" ] && [ -x "$1/postgres" ] && "$1/postgres" --version 2>/dev/null | grep -q "(PostgreSQL) $major[.]"
+    [ -x "$1/initdb" ] && [ -x "$1/postgres" ] && [[ $("$1/postgres" --version 2>/dev/null) == *"(PostgreSQL) $major."* ]]
 }
 
 found() {
@@ -45,7 +45,7 @@ found() {
 
 apt_has() { # PACKAGE
     command -v apt-get >/dev/null && [ "$(id -u)" = 0 ] &&
-        apt-cache policy "$1" 2>/dev/null | grep -q 'Candidate: [0-9]'
+        [[ $(apt-cache policy "$1" 2>/dev/null) == *"Candidate: "[0-9]* ]]
 }
 
 apt_update() {
@@ -54,8 +54,10 @@ apt_update() {
     fi
 }
 
-apt_install() {
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >&2
+apt_install() { # PACKAGE...; what apt says is of interest only when it fails
+    local log
+    log=$(DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" 2>&1) ||
+        { echo "$log" >&2; die "apt-get install $* failed"; }
 }
 
 # Debian's package makes and starts a cluster when it is installed, unless this file says no.
