@@ -1,0 +1,144 @@
+package queue
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"go.uber.org/zap"
+)
+
+// ServerOptions of an embedded server.
+type ServerOptions struct {
+	Name       string      // default "waystage"
+	Host       string      // default 127.0.0.1
+	Port       int         // 0: any free port
+	StoreDir   string      // of JetStream; required
+	MaxStore   int64       // bytes that JetStream may use; 0: three quarters of what is free
+	SyncAlways bool        // fsync each message: 5 to 30 times slower, and nothing rests on it
+	TLS        *tls.Config // nil: none
+
+	Websocket     bool // also listen for websocket connections, with TLS if there is TLS
+	WebsocketPort int  // 0: any free port
+
+	Secrets Secrets // zero: random ones, new at each start
+}
+
+// Server is a NATS server in this process, with JetStream and Waystage's accounts.
+type Server struct {
+	srv     *server.Server
+	secrets Secrets
+}
+
+// StartServer starts a server and waits until it takes connections.
+func StartServer(o ServerOptions, log *zap.Logger) (*Server, error) {
+	if log == nil {
+		log = zap.NewNop()
+	}
+	if o.StoreDir == "" {
+		return nil, errors.New("queue: the embedded server needs a folder for its store")
+	}
+	if o.Secrets == (Secrets{}) {
+		var err error
+		if o.Secrets, err = NewSecrets(); err != nil {
+			return nil, err
+		}
+	}
+	opts, accounts, err := options(o)
+	if err != nil {
+		return nil, err
+	}
+	srv, err := server.NewServer(opts)
+	if err != nil {
+		return nil, fmt.Errorf("queue: embedded server: %w", err)
+	}
+	srv.SetLoggerV2(serverLog{log.Named("nats").Sugar()}, false, false, false)
+	srv.Start()
+	s := &Server{srv: srv, secrets: o.Secrets}
+	if !srv.ReadyForConnections(30 * time.Second) {
+		s.Shutdown()
+		return nil, fmt.Errorf("queue: the embedded server does not take connections on %s:%d; is the port in use?", opts.Host, opts.Port)
+	}
+	// With accounts of our own JetStream is off in each until it is enabled; nil: limited by the store only.
+	app, err := srv.LookupAccount(accounts[accountApp].Name)
+	if err == nil {
+		err = app.EnableJetStream(nil, nil)
+	}
+	if err != nil {
+		s.Shutdown()
+		return nil, fmt.Errorf("queue: enable JetStream: %w", err)
+	}
+	return s, nil
+}
+
+func options(o ServerOptions) (*server.Options, map[string]*server.Account, error) {
+	k, err := o.Secrets.keys()
+	if err != nil {
+		return nil, nil, err
+	}
+	set(&o.Name, "waystage")
+	set(&o.Host, "127.0.0.1")
+	set(&o.Port, server.RANDOM_PORT)
+	set(&o.WebsocketPort, server.RANDOM_PORT)
+	opts := &server.Options{
+		ServerName: o.Name, Host: o.Host, Port: o.Port, NoSigs: true,
+		JetStream: true, StoreDir: o.StoreDir, JetStreamMaxStore: o.MaxStore, SyncAlways: o.SyncAlways,
+		MaxPayload: maxPayload, SystemAccount: accountSys,
+		AuthTimeout: authTimeout.Seconds(),
+		// The first ping of the server comes after two seconds even to a client that is still logging in, which then
+		// gives up: many devices that come back at once must not be turned away for that.
+		DisableShortFirstPing: true,
+		// Devices log in by signing the server's nonce; the callout checks it.
+		AlwaysEnableNonce: true,
+		AuthCallout:       &server.AuthCallout{Issuer: k.issuerPublic, Account: accountAuth, XKey: k.sealPublic, AuthUsers: staticNames()},
+	}
+	if o.TLS != nil {
+		opts.TLS, opts.TLSConfig, opts.TLSTimeout = true, o.TLS, 5
+	}
+	if o.Websocket {
+		opts.Websocket = server.WebsocketOpts{
+			Host: o.Host, Port: o.WebsocketPort, TLSConfig: o.TLS, NoTLS: o.TLS == nil,
+			Compression: true, HandshakeTimeout: 5 * time.Second,
+		}
+	}
+	accounts := map[string]*server.Account{}
+	for _, name := range []string{accountAuth, accountApp, accountDevices, accountSys} {
+		accounts[name] = server.NewAccount(name)
+		opts.Accounts = append(opts.Accounts, accounts[name])
+	}
+	for _, u := range staticUsers {
+		user := &server.User{Username: u.user, Password: o.Secrets.password(u.user), Account: accounts[u.account]}
+		if u.pub != nil || u.sub != nil {
+			user.Permissions = &server.Permissions{Publish: subjects(u.pub), Subscribe: subjects(u.sub)}
+		}
+		opts.Users = append(opts.Users, user)
+	}
+	return opts, accounts, nil
+}
+
+// URL is where devices connect.
+func (s *Server) URL() string { return s.srv.ClientURL() }
+
+// WebsocketURL is where devices connect by websocket, empty without that.
+func (s *Server) WebsocketURL() string { return s.srv.WebsocketURL() }
+
+// Secrets are those in force, for people who explore the streams with the nats tool.
+func (s *Server) Secrets() Secrets { return s.secrets }
+
+// Shutdown stops the server and waits until it has ended and its store is closed.
+func (s *Server) Shutdown() {
+	s.srv.Shutdown()
+	s.srv.WaitForShutdown()
+}
+
+// serverLog hands the server's messages on. Its notices tell of each start in thirty lines: debug.
+type serverLog struct{ log *zap.SugaredLogger }
+
+func (l serverLog) Noticef(format string, v ...any) { l.log.Debugf(format, v...) }
+func (l serverLog) Warnf(format string, v ...any)   { l.log.Warnf(format, v...) }
+func (l serverLog) Errorf(format string, v ...any)  { l.log.Errorf(format, v...) }
+func (l serverLog) Fatalf(format string, v ...any)  { l.log.Errorf(format, v...) }
+func (l serverLog) Debugf(string, ...any)           {}
+func (l serverLog) Tracef(string, ...any)           {}
