@@ -41,7 +41,7 @@ CREATE TABLE waystage.device (
     id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     user_name    text NOT NULL REFERENCES waystage.app_user ON DELETE CASCADE,
     name         text NOT NULL,
-    public_key   text,                          -- NKEY of type user; null: not enrolled
+    public_key   text UNIQUE,                   -- NKEY of type user, how the device logs in; null: not enrolled
     blocked      boolean NOT NULL DEFAULT false,
     app          text NOT NULL DEFAULT '',
     enrolled_at  timestamptz,
