@@ -57,6 +57,19 @@ var tables string
 //go:embed constraints.sql
 var constraints string
 
+//go:embed definitions.yaml
+var definitions string
+
+// What [Definitions] says a nurse has.
+const (
+	Set   = "field"
+	Group = "nurses"
+)
+
+// Definitions is the definitions file (YAML, see package schema) for the data set: set "field" for group "nurses", in
+// which each nurse sees the patients assigned to her.
+func Definitions() string { return definitions }
+
 // Load makes the schema vn and fills it, in one transaction. The database must not have a schema of that name.
 func Load(ctx context.Context, conn *pgx.Conn, size Size) error {
 	if size.Nurses < 2 || size.Patients < 1 || size.Records < 0 {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/waystage/waystage/internal/nurse"
 	"github.com/waystage/waystage/internal/pgtest"
+	"github.com/waystage/waystage/schema"
 )
 
 func TestMain(m *testing.M) { pgtest.MainNoLeaks(m) }
@@ -149,5 +150,27 @@ func TestLoadRefusesNonsense(t *testing.T) {
 	}
 	if got := number(t, conn, "select count(*) from vn.patient"); got != 1 {
 		t.Errorf("%d patients after the failed load", got)
+	}
+}
+
+func TestDefinitionsFitTheTables(t *testing.T) {
+	t.Parallel()
+	conn := load(t, nurse.Size{Nurses: 2, Patients: 2, Records: 2})
+	defs, problems := schema.ParseDefinitions("definitions.yaml", []byte(nurse.Definitions()))
+	if len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	tables, problems, err := schema.ReadTables(context.Background(), conn, defs.TableNames())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(problems) > 0 || len(tables) != 7 {
+		t.Fatal(len(tables), problems)
+	}
+	if problems := defs.Check(tables); len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	if sets := defs.SetsFor([]string{nurse.Group}); len(sets) != 1 || sets[0] != nurse.Set {
+		t.Errorf("sets of %s: %v", nurse.Group, sets)
 	}
 }
