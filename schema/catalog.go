@@ -336,9 +336,9 @@ func readConstraints(ctx context.Context, q Querier, byOID map[uint32]*Table) er
 	}); err != nil {
 		return err
 	}
-	rows, err = q.Query(ctx, `SELECT k.conrelid, k.confrelid, k.conname, `+fmt.Sprintf(columnNames, "k.conkey", "k.conrelid")+", "+
-		fmt.Sprintf(columnNames, "k.confkey", "k.confrelid")+`
-		FROM pg_constraint k WHERE k.contype = 'f' AND k.conrelid = ANY($1::oid[]) AND k.confrelid = ANY($1::oid[]) ORDER BY k.conname`, oids(byOID))
+	rows, err = q.Query(ctx, `SELECT f.conrelid, f.confrelid, f.conname, `+fmt.Sprintf(columnNames, "f.conkey", "f.conrelid")+", "+
+		fmt.Sprintf(columnNames, "f.confkey", "f.confrelid")+`
+		FROM pg_constraint f WHERE f.contype = 'f' AND f.conrelid = ANY($1::oid[]) AND f.confrelid = ANY($1::oid[]) ORDER BY f.conname`, oids(byOID))
 	if err != nil {
 		return err
 	}
