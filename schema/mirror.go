@@ -135,14 +135,15 @@ func ensureTable(ctx context.Context, tx pgx.Tx, t *Table, d *Definitions, index
 	} else {
 		for _, c := range t.Columns {
 			if _, ok := old.Column(c.Name); !ok {
-				run = append(run, "ALTER TABLE "+t.Ident()+" ADD COLUMN IF NOT EXISTS "+Quote(c.Name)+" "+c.MirrorType)
+				// The mirror keeps a column that the source dropped; made again there, it begins empty here too.
+				run = append(run, "ALTER TABLE "+t.Ident()+" DROP COLUMN IF EXISTS "+Quote(c.Name)+", ADD COLUMN "+Quote(c.Name)+" "+c.MirrorType)
 			}
 		}
 	}
 	run = append(run, t.partitionDDL()...)
 	run = append(run, t.triggerDDL(key)...)
 	if indexes {
-		drops, err := obsoleteIndexes(ctx, tx, t, key, all)
+		drops, err := subsetIndexDrops(ctx, tx, t, t.indexes(key, all))
 		if err != nil {
 			return nil, err
 		}
@@ -259,18 +260,8 @@ func (t *Table) triggerDDL(subsetKey string) []string {
 		moved = append(moved, "OLD."+Quote(c.Name)+" IS DISTINCT FROM NEW."+Quote(c.Name))
 	}
 	return []string{
-		fmt.Sprintf(`CREATE OR REPLACE FUNCTION waystage.tombstone_delete_%[1]d() RETURNS trigger LANGUAGE plpgsql AS $ws$
-BEGIN
-    INSERT INTO waystage.tombstone (tbl, val, key) SELECT %[1]d, %[2]s, %[3]s FROM gone;
-    RETURN NULL;
-END
-$ws$`, t.ID, goneVal, goneKey),
-		fmt.Sprintf(`CREATE OR REPLACE FUNCTION waystage.tombstone_move_%[1]d() RETURNS trigger LANGUAGE plpgsql AS $ws$
-BEGIN
-    INSERT INTO waystage.tombstone (tbl, val, key) VALUES (%[1]d, %[2]s, %[3]s);
-    RETURN NULL;
-END
-$ws$`, t.ID, oldVal, oldKey),
+		triggerFunction(fmt.Sprintf("tombstone_delete_%d", t.ID), fmt.Sprintf("SELECT %d, %s, %s FROM gone", t.ID, goneVal, goneKey)),
+		triggerFunction(fmt.Sprintf("tombstone_move_%d", t.ID), fmt.Sprintf("VALUES (%d, %s, %s)", t.ID, oldVal, oldKey)),
 		fmt.Sprintf(`CREATE OR REPLACE TRIGGER _ws_delete AFTER DELETE ON %s REFERENCING OLD TABLE AS gone
 FOR EACH STATEMENT EXECUTE FUNCTION waystage.tombstone_delete_%d()`, t.Ident(), t.ID),
 		fmt.Sprintf(`CREATE OR REPLACE TRIGGER _ws_move AFTER UPDATE ON %s FOR EACH ROW WHEN (%s)
@@ -278,7 +269,13 @@ EXECUTE FUNCTION waystage.tombstone_move_%d()`, t.Ident(), strings.Join(moved, "
 	}
 }
 
-// indexNames of the subset indexes; the name carries the column, so that another key column makes another index.
+// triggerFunction quotes its body as a string: a dollar quote could be ended by a column's name.
+func triggerFunction(name, values string) string {
+	return "CREATE OR REPLACE FUNCTION waystage." + name + "() RETURNS trigger LANGUAGE plpgsql AS " +
+		Literal("BEGIN\n    INSERT INTO waystage.tombstone (tbl, val, key) "+values+";\n    RETURN NULL;\nEND")
+}
+
+// indexes are the subset indexes, columns by name; the name carries the column, so that another key column makes another index.
 func (t *Table) indexes(key string, all bool) map[string]string {
 	out := map[string]string{}
 	if key != "" {
@@ -299,7 +296,8 @@ func (t *Table) indexDDL(key string, all bool) []string {
 	return out
 }
 
-func obsoleteIndexes(ctx context.Context, q Querier, t *Table, key string, all bool) ([]string, error) {
+// subsetIndexDrops drops the subset indexes that are there but for those to keep.
+func subsetIndexDrops(ctx context.Context, q Querier, t *Table, keep map[string]string) ([]string, error) {
 	rows, err := q.Query(ctx, `SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
 		WHERE i.indrelid = to_regclass($1) AND NOT i.indisprimary AND c.relname LIKE '\_ws\_%'`, t.Ident())
 	if err != nil {
@@ -311,7 +309,7 @@ func obsoleteIndexes(ctx context.Context, q Querier, t *Table, key string, all b
 	}
 	var out []string
 	for _, n := range names {
-		if _, keep := t.indexes(key, all)[n]; !keep {
+		if _, ok := keep[n]; !ok {
 			out = append(out, "DROP INDEX "+Quote(t.Schema)+"."+Quote(n))
 		}
 	}
