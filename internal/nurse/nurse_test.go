@@ -3,6 +3,7 @@ package nurse_test
 import (
 	"context"
 	"errors"
+	"os"
 	"regexp"
 	"testing"
 	"time"
@@ -172,5 +173,28 @@ func TestDefinitionsFitTheTables(t *testing.T) {
 	}
 	if sets := defs.SetsFor([]string{nurse.Group}); len(sets) != 1 || sets[0] != nurse.Set {
 		t.Errorf("sets of %s: %v", nurse.Group, sets)
+	}
+}
+
+// docker-compose.yml starts its source from these files.
+func TestComposeSample(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	conn, err := pgx.Connect(ctx, pgtest.Source(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close(ctx) })
+	for _, file := range []string{"schema.sql", "../../deploy/sample.sql", "constraints.sql"} {
+		body, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Exec(ctx, string(body)); err != nil {
+			t.Fatalf("%s: %v", file, err)
+		}
+	}
+	if got := number(t, conn, "select count(*) from vn.medical_record"); got != 3 {
+		t.Errorf("%d records", got)
 	}
 }
