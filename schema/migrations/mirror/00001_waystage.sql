@@ -185,7 +185,7 @@ CREATE TABLE waystage.cursor (
     incarnation text NOT NULL,
     set_name   text   NOT NULL,
     session_id bigint NOT NULL,
-    xmin       bigint NOT NULL,
+    since      bigint NOT NULL,                -- xmin of the snapshot that the reply was read in: rows from here on are news
     keysets    jsonb  NOT NULL DEFAULT '{}',    -- {"schema.table": keyset id}
     created_at timestamptz NOT NULL DEFAULT now()
 );
