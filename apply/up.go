@@ -1,0 +1,383 @@
+package apply
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"go.uber.org/zap"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/waystage/waystage/change"
+	"github.com/waystage/waystage/internal/leader"
+	"github.com/waystage/waystage/schema"
+)
+
+// DefaultBatchChanges of UpConfig.
+const DefaultBatchChanges = 1000
+
+// UpConfig of an Up.
+type UpConfig struct {
+	Mirror       string // connection strings; several hosts allowed
+	Source       string
+	Tables       func(ctx context.Context) ([]schema.Table, error) // the synced tables; asked at the start of each session
+	Changes      Changes
+	Log          *zap.Logger
+	Worker       string        // name of this process, for people who read the source's progress table
+	BatchChanges int           // changes in one source transaction at most; 0: DefaultBatchChanges
+	Linger       time.Duration // how long a batch waits for more while data flows; 0: DefaultLinger
+}
+
+// Up applies devices' merged changes to the source, in the mirror's commit order.
+type Up struct {
+	cfg   UpConfig
+	log   *zap.Logger
+	state state
+}
+
+// NewUp makes an Up; it connects in Run.
+func NewUp(cfg UpConfig) *Up {
+	if cfg.Log == nil {
+		cfg.Log = zap.NewNop()
+	}
+	if cfg.BatchChanges <= 0 {
+		cfg.BatchChanges = DefaultBatchChanges
+	}
+	if cfg.Linger <= 0 {
+		cfg.Linger = DefaultLinger
+	}
+	if cfg.Worker == "" {
+		host, _ := os.Hostname()
+		cfg.Worker = fmt.Sprintf("%s/%d", host, os.Getpid())
+	}
+	return &Up{cfg: cfg, log: cfg.Log.Named("apply").With(zap.String("direction", "up"))}
+}
+
+// Run applies while it holds the seat, and returns ctx's error or an *Error, which an operator must mend.
+func (u *Up) Run(ctx context.Context) error {
+	return lead(ctx, u.cfg.Mirror, leader.ApplyUp, u.log, &u.state, u.session)
+}
+
+// Stats is a copy of the current figures.
+func (u *Up) Stats() Stats { return u.state.get() }
+
+// Metrics are the figures for Prometheus.
+func (u *Up) Metrics() []prometheus.Collector {
+	return []prometheus.Collector{collector{"up", u.Stats}}
+}
+
+// upSession is one session: its view of both databases is true until the chain moves without it.
+type upSession struct {
+	u      *Up
+	mirror *pgx.Conn
+	source *pgx.Conn
+	in     *inbox
+	feed   *feed
+	ledger map[uint32]*ledger
+	byName map[string]*table
+	tables map[int]*target
+	epoch  string
+	purge  purger
+
+	seq      int64      // of the source's progress row: the chain
+	position change.LSN // all changes of the mirror's transactions up to here are decided
+	saved    change.LSN // what the mirror's progress row says
+	saveDue  time.Time
+	lastAt   time.Time  // commit time of the transaction that ends at position
+	certain  change.LSN // changes committed behind this position were seen by no worker before this session
+
+	queue   []*upChange // read and not decided
+	marks   []mark      // where the mirror's transactions end in queue
+	refused map[string]refusedInsert
+	began   time.Time // when the first of queue came
+	idleAt  time.Time // when the last batch was decided
+}
+
+// mark is the end of a mirror transaction: all changes before the place in the queue belong to it or its predecessors.
+type mark struct {
+	before int
+	end    change.LSN
+	at     time.Time
+}
+
+func (u *Up) session(ctx context.Context) error {
+	u.state.set("starting", nil)
+	s := &upSession{u: u, ledger: map[uint32]*ledger{}, refused: map[string]refusedInsert{}, purge: purger{q: u.cfg.Changes, log: u.log}}
+	var err error
+	if s.mirror, err = connectMirror(ctx, u.cfg.Mirror, "waystage apply up"); err != nil {
+		return err
+	}
+	defer closeConn(s.mirror)
+	if s.source, err = openSource(ctx, u.cfg.Source); err != nil {
+		return err
+	}
+	defer closeConn(s.source)
+	if err := s.load(ctx); err != nil {
+		return err
+	}
+	if s.in, err = openInbox(ctx, u.cfg.Changes); err != nil {
+		return err
+	}
+	defer s.in.close()
+	u.log.Info("applying", zap.Stringer("from", s.position), zap.Int64("seq", s.seq))
+	u.state.begin(s.position)
+	err = s.run(ctx)
+	if errors.Is(err, errGap) || errors.Is(err, change.ErrNotChangeData) {
+		u.log.Warn("change data is missing or damaged; asking capture to send it again", zap.Error(err))
+		if err := askRewind(ctx, s.mirror, "up"); err != nil {
+			return err
+		}
+	}
+	if ctx.Err() != nil { // a clean stop: what is decided need not be sent again
+		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+		defer cancel()
+		_ = s.save(end, true)
+	}
+	return err
+}
+
+// load takes the chain over and waits until the mirror shows what predecessors did: from then on a change is merged in
+// the mirror exactly if it is not at the source.
+func (s *upSession) load(ctx context.Context) error {
+	tables, err := s.u.cfg.Tables(ctx)
+	if err != nil {
+		return fmt.Errorf("synced tables: %w", err)
+	}
+	byID := map[int]*table{}
+	s.byName = map[string]*table{}
+	for i := range tables {
+		t, err := newTable(&tables[i])
+		if err != nil {
+			return err
+		}
+		byID[t.ID], s.byName[t.FullName()] = t, t
+	}
+	if s.tables, err = readTargets(ctx, s.source, byID); err != nil {
+		return err
+	}
+	if s.epoch, err = readEpoch(ctx, s.mirror); err != nil {
+		return err
+	}
+	var at string
+	err = s.source.QueryRow(context.WithoutCancel(ctx), `UPDATE waystage.progress SET seq = seq + 1, carries = '', worker = $2, at = clock_timestamp()
+		WHERE epoch = $1 RETURNING seq, position::text`, s.epoch, s.u.cfg.Worker).Scan(&s.seq, &at)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return &Error{CodeProgress, fmt.Sprintf("the source's waystage.progress has no row for epoch %q", s.epoch), "Finish the set-up: `waystage init`"}
+	}
+	if err != nil {
+		return fmt.Errorf("take the chain over: %w", err)
+	}
+	if s.position, err = change.ParseLSN(at); err != nil {
+		return err
+	}
+	if err := s.await(ctx); err != nil {
+		return err
+	}
+	var certain string
+	err = s.mirror.QueryRow(ctx, "SELECT position::text, pg_current_wal_insert_lsn()::text FROM waystage.progress WHERE direction = 'up'").Scan(&at, &certain)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return &Error{CodeProgress, "waystage.progress of the mirror has no row 'up'", "Finish the set-up: `waystage init`"}
+	}
+	if err != nil {
+		return fmt.Errorf("read progress: %w", err)
+	}
+	if s.saved, err = change.ParseLSN(at); err != nil {
+		return err
+	}
+	if s.certain, err = change.ParseLSN(certain); err != nil {
+		return err
+	}
+	s.position = max(s.position, s.saved)
+	s.feed = newFeed(s.position)
+	return s.recallRefused(ctx)
+}
+
+// await waits until down has seen our last transaction, and with it everything that the source committed before.
+func (s *upSession) await(ctx context.Context) error {
+	const first, most = 2 * time.Millisecond, 100 * time.Millisecond
+	began, told := time.Now(), false
+	for wait := first; ; wait = min(wait*5/4, most) {
+		var seen int64
+		err := s.mirror.QueryRow(ctx, "SELECT up_seq FROM waystage.progress WHERE direction = 'down'").Scan(&seen)
+		if errors.Is(err, pgx.ErrNoRows) {
+			return &Error{CodeProgress, "waystage.progress of the mirror has no row 'down'", "Finish the set-up: `waystage init`"}
+		}
+		if err != nil {
+			return fmt.Errorf("read progress: %w", err)
+		}
+		if seen >= s.seq {
+			return nil
+		}
+		if !told && time.Since(began) > 5*time.Second {
+			told = true
+			s.u.log.Info("waiting for the down direction to catch up", zap.Int64("seq", s.seq), zap.Int64("seen", seen))
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(wait):
+		}
+	}
+}
+
+// barrier makes sure that base images show everything that the source had committed when it was called (rule R4).
+func (s *upSession) barrier(ctx context.Context) error {
+	s.u.state.with(func(st *Stats) { st.Barriers++ })
+	out, err := s.try(ctx, nil, s.position)
+	if err != nil {
+		return err
+	}
+	if out.refused != nil {
+		return out.refused
+	}
+	return s.await(ctx)
+}
+
+func (s *upSession) run(ctx context.Context) error {
+	for {
+		wait := time.Duration(-1)
+		switch {
+		case len(s.queue) > 0 && !s.feed.open:
+			wait = 0
+			if s.began.Sub(s.idleAt) < flowing {
+				wait = max(0, s.u.cfg.Linger-time.Since(s.began))
+			}
+		case s.position > s.saved || s.purge.upTo != s.purge.done:
+			wait = purgeEvery
+		}
+		a, ok, err := s.in.next(ctx, wait)
+		if err != nil {
+			return err
+		}
+		if ok {
+			if err := s.feed.take(&a.m, s.event); err != nil {
+				return err
+			}
+			if !s.feed.open {
+				s.purge.upTo = max(s.purge.upTo, a.place)
+			}
+		}
+		// A large transaction of the mirror is applied in parts: its changes are records of their own (rule R8).
+		for len(s.queue) >= s.u.cfg.BatchChanges || (len(s.queue) > 0 && !ok && !s.feed.open) {
+			if err := s.batch(ctx, min(len(s.queue), s.u.cfg.BatchChanges)); err != nil {
+				return err
+			}
+		}
+		if len(s.queue) == 0 && !s.feed.open {
+			if n := len(s.marks); n > 0 { // transactions without anything for the source
+				s.lastAt, s.marks = s.marks[n-1].at, s.marks[:0]
+			}
+			s.position = max(s.position, s.feed.applied)
+			if err := s.save(ctx, !ok); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// event takes one event of the mirror.
+func (s *upSession) event(ev *change.Event) error {
+	switch ev.Kind {
+	case change.KindRelation:
+		if ev.Relation.Schema == "waystage" && ev.Relation.Name == "change" {
+			s.ledger[ev.Relation.ID] = newLedger(ev.Relation)
+		}
+	case change.KindCommit:
+		s.marks = append(s.marks, mark{len(s.queue), ev.LSN, ev.Time})
+	case change.KindInsert:
+		l := s.ledger[ev.ID]
+		if l == nil {
+			return nil
+		}
+		c, err := l.change(ev.New, s.tables)
+		if err != nil || c == nil {
+			return err
+		}
+		if len(s.queue) == 0 {
+			s.began = time.Now()
+		}
+		s.queue = append(s.queue, c)
+	}
+	return nil
+}
+
+// batch decides the first n changes of the queue.
+func (s *upSession) batch(ctx context.Context, n int) error {
+	list := s.queue[:n]
+	end, at, used := s.position, s.lastAt, 0
+	for _, m := range s.marks {
+		if m.before > n {
+			break
+		}
+		end, at = max(end, m.end), m.at
+		used++
+	}
+	began := time.Now()
+	todo, err := s.undecided(ctx, list)
+	if err != nil {
+		return err
+	}
+	if err := s.process(ctx, todo, end); err != nil {
+		return err
+	}
+	s.queue = append(s.queue[:0:0], s.queue[n:]...)
+	s.marks = append(s.marks[:0:0], s.marks[used:]...)
+	for i := range s.marks {
+		s.marks[i].before -= n
+	}
+	s.position, s.lastAt, s.idleAt, s.began = end, at, time.Now(), time.Now()
+	s.u.state.committed(end, at, used, len(todo), 0, time.Since(began))
+	return nil
+}
+
+// undecided leaves out what a predecessor has brought to a verdict. A change that cannot be found is one whose commit is in
+// the log but not visible yet.
+func (s *upSession) undecided(ctx context.Context, list []*upChange) ([]*upChange, error) {
+	if s.feed.applied > s.certain && len(s.marks) > 0 && s.marks[0].end > s.certain {
+		return list, nil
+	}
+	ids := make([]int64, len(list))
+	for i, c := range list {
+		ids[i] = c.id
+	}
+	rows, err := s.mirror.Query(ctx, "SELECT id FROM waystage.change WHERE id = ANY($1) AND state <> 'merged'", ids)
+	if err != nil {
+		return nil, fmt.Errorf("verdicts: %w", err)
+	}
+	done := map[int64]bool{}
+	var id int64
+	if _, err := pgx.ForEachRow(rows, []any{&id}, func() error { done[id] = true; return nil }); err != nil {
+		return nil, fmt.Errorf("verdicts: %w", err)
+	}
+	todo := make([]*upChange, 0, len(list))
+	for _, c := range list {
+		if !done[c.id] {
+			todo = append(todo, c)
+		}
+	}
+	return todo, nil
+}
+
+// save notes the position in the mirror, where capture reads it, and lets the queue go up to it.
+func (s *upSession) save(ctx context.Context, idle bool) error {
+	if s.position > s.saved && (idle || !time.Now().Before(s.saveDue)) {
+		var at *time.Time
+		if !s.lastAt.IsZero() {
+			at = &s.lastAt
+		}
+		_, err := s.mirror.Exec(ctx, `UPDATE waystage.progress SET position = $1::text::pg_lsn, seq = $2, committed_at = coalesce($3, committed_at), updated_at = clock_timestamp()
+			WHERE direction = 'up' AND position < $1::text::pg_lsn`, s.position.String(), s.seq, at)
+		if err != nil {
+			return fmt.Errorf("save progress: %w", err)
+		}
+		s.saved, s.saveDue = s.position, time.Now().Add(purgeEvery)
+	}
+	if s.position == s.saved {
+		s.purge.purge(ctx, idle)
+	}
+	return nil
+}

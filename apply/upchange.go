@@ -1,0 +1,218 @@
+package apply
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgtype"
+
+	"github.com/waystage/waystage/change"
+	"github.com/waystage/waystage/conflict"
+)
+
+// upChange is a device's change on its way to the source.
+type upChange struct {
+	id      int64
+	t       *target
+	op      conflict.Op
+	key     []string
+	img     map[string]*string
+	old     *string // image of the mirror row that it was made on, as JSON; nil: absent
+	created time.Time
+
+	expect  *string // what it expects at the source: old, until it is rebased
+	rebases int
+}
+
+// ledger reads inserts of waystage.change from change data.
+type ledger struct {
+	at    map[string]int
+	types *pgtype.Map
+}
+
+func newLedger(desc *change.Relation) *ledger {
+	l := &ledger{at: map[string]int{}, types: pgtype.NewMap()}
+	for i, c := range desc.Columns {
+		l.at[c.Name] = i
+	}
+	return l
+}
+
+// change reads one; nil: the merge refused it, it is none of up's business.
+func (l *ledger) change(vals []change.Value, targets map[int]*target) (*upChange, error) {
+	text := func(name string) *string {
+		i, ok := l.at[name]
+		if !ok || i >= len(vals) || vals[i].State != change.Text {
+			return nil
+		}
+		return &vals[i].Text
+	}
+	must := func(name string) string {
+		if p := text(name); p != nil {
+			return *p
+		}
+		return ""
+	}
+	if must("state") != "merged" {
+		return nil, nil
+	}
+	c := &upChange{}
+	var err error
+	if c.id, err = strconv.ParseInt(must("id"), 10, 64); err != nil {
+		return nil, fmt.Errorf("%w: ledger id: %v", change.ErrNotChangeData, err)
+	}
+	tbl, err := strconv.Atoi(must("tbl"))
+	if err != nil {
+		return nil, fmt.Errorf("%w: table of change %d: %v", change.ErrNotChangeData, c.id, err)
+	}
+	if c.t = targets[tbl]; c.t == nil {
+		return nil, &Error{CodeTable, fmt.Sprintf("change %d is of table %d (%s), which is not synced", c.id, tbl, must("tname")), "Run `waystage init` again"}
+	}
+	if op := must("op"); len(op) == 1 {
+		c.op = conflict.Op(op[0])
+	}
+	if c.op != conflict.Insert && c.op != conflict.Update && c.op != conflict.Delete {
+		return nil, fmt.Errorf("%w: operation %q of change %d", change.ErrNotChangeData, must("op"), c.id)
+	}
+	if err := l.types.Scan(pgtype.TextArrayOID, pgtype.TextFormatCode, []byte(must("key")), &c.key); err != nil || len(c.key) != len(c.t.keys) {
+		return nil, fmt.Errorf("%w: key %q of change %d", change.ErrNotChangeData, must("key"), c.id)
+	}
+	if img := text("img"); img != nil {
+		if c.img, err = jsonValues(*img); err != nil {
+			return nil, fmt.Errorf("change %d: %w", c.id, err)
+		}
+	}
+	if old := text("old"); old != nil {
+		s := *old
+		c.old = &s
+	}
+	if c.created, err = time.Parse("2006-01-02 15:04:05.999999999-07", must("created_at")); err != nil {
+		return nil, fmt.Errorf("%w: time of change %d: %v", change.ErrNotChangeData, c.id, err)
+	}
+	c.expect = c.old
+	return c, nil
+}
+
+// form is what the change has to do, given what it expects.
+func (c *upChange) form() form {
+	switch {
+	case c.op == conflict.Delete && c.expect == nil:
+		return formGone
+	case c.op == conflict.Delete:
+		return formDelete
+	case c.expect == nil:
+		return formInsert
+	default:
+		return formUpdate
+	}
+}
+
+// values are the columns to write and the image that has them.
+func (c *upChange) values() (cols []int, g image, err error) {
+	f := c.form()
+	if f == formDelete || f == formGone {
+		return nil, nil, nil
+	}
+	g = make(image, len(c.t.Columns))
+	has := make([]bool, len(c.t.Columns))
+	if f == formInsert {
+		if c.op == conflict.Update && c.old != nil {
+			// The row that was updated is gone by our own doing (a cascade): write it whole, the source judges.
+			old, err := c.t.image(c.old)
+			if err != nil {
+				return nil, nil, err
+			}
+			copy(g, old)
+			for i := range has {
+				has[i] = true
+			}
+		}
+		for j, i := range c.t.keys {
+			g[i], has[i] = &c.key[j], true
+		}
+	}
+	for i, col := range c.t.Columns {
+		v, ok := c.img[col.Name]
+		if !ok || (slices.Contains(c.t.keys, i) && f == formUpdate) {
+			continue
+		}
+		g[i], has[i] = v, true
+	}
+	for i, ok := range has {
+		if ok {
+			cols = append(cols, i)
+		}
+	}
+	return cols, g, nil
+}
+
+// unit is one set statement: changes of one table and form that write the same columns.
+type unit struct {
+	t     *target
+	f     form
+	cols  []int
+	list  []*upChange
+	imgs  []image
+	round int
+}
+
+// plan sorts changes into statements. A key's k-th change goes into round k; within a round parents are written before
+// children and deleted after them.
+func plan(list []*upChange) ([]*unit, error) {
+	rounds := map[string]int{}
+	units := map[string]*unit{}
+	var out []*unit
+	for _, c := range list {
+		cols, g, err := c.values()
+		if err != nil {
+			return nil, err
+		}
+		k := authorKey(c.t.ID, keyID(c.key))
+		round := rounds[k]
+		rounds[k]++
+		f := c.form()
+		id := fmt.Sprint(round, f, c.t.ID, cols)
+		un := units[id]
+		if un == nil || len(un.list) >= maxUnit {
+			un = &unit{t: c.t, f: f, cols: cols, round: round}
+			units[id] = un
+			out = append(out, un)
+		}
+		un.list, un.imgs = append(un.list, c), append(un.imgs, g)
+	}
+	order := map[form]int{formInsert: 0, formUpdate: 1, formDelete: 2, formGone: 2}
+	slices.SortStableFunc(out, func(a, b *unit) int {
+		rank := cmp.Compare(a.t.Rank, b.t.Rank)
+		if order[a.f] == 2 {
+			rank = -rank
+		}
+		return cmp.Or(cmp.Compare(a.round, b.round), cmp.Compare(order[a.f], order[b.f]), rank)
+	})
+	return out, nil
+}
+
+// maxUnit bounds a statement: up to this size the source's planner goes by the index without being told to.
+const maxUnit = 500
+
+func (un *unit) args() []any {
+	n := len(un.list)
+	key := func(r int) []string { return un.list[r].key }
+	switch un.f {
+	case formInsert:
+		return columnArrays(un.cols, n, func(r int) image { return un.imgs[r] })
+	case formGone:
+		return un.t.keyArrays(n, key)
+	}
+	args := un.t.keyArrays(n, key)
+	if un.f == formUpdate {
+		args = append(args, columnArrays(un.cols, n, func(r int) image { return un.imgs[r] })...)
+	}
+	expect := make([]*string, n)
+	for r, c := range un.list {
+		expect[r] = c.expect
+	}
+	return append(args, expect)
+}
