@@ -1,0 +1,107 @@
+package stages
+
+import (
+	"slices"
+	"strings"
+
+	"github.com/waystage/waystage/protocol"
+	"github.com/waystage/waystage/schema"
+)
+
+// Catalog is what the stages know of tables and subscriptions at one moment. It does not change: a change of either
+// is a new Catalog.
+type Catalog struct {
+	epoch  string // of the mirror
+	defs   *schema.Definitions
+	tables map[int]*tableSQL
+	sets   map[string]*set
+}
+
+// set is a subscription set.
+type set struct {
+	name string
+	subs []*subscription // in sync order
+	byID map[string]*subscription
+	wire *protocol.Definitions
+}
+
+// subscription is a table of a set.
+type subscription struct {
+	*schema.Subscription
+	set     string
+	table   *schema.Table
+	columns []string // what devices see of the table, in wire order
+	reply   *replySQL
+}
+
+// NewCatalog makes the catalog of a mirror with this epoch, from checked definitions and the tables that they were
+// checked against.
+func NewCatalog(epoch string, defs *schema.Definitions, tables []*schema.Table) *Catalog {
+	c := &Catalog{epoch: epoch, defs: defs, tables: make(map[int]*tableSQL, len(tables)), sets: make(map[string]*set, len(defs.Sets))}
+	byName := make(map[string]*schema.Table, len(tables))
+	for _, t := range tables {
+		key, _ := defs.SubsetKey(t.FullName())
+		c.tables[t.ID] = newTableSQL(t, key)
+		byName[t.FullName()] = t
+	}
+	for _, d := range defs.Sets {
+		s := &set{name: d.Name, byID: map[string]*subscription{}, wire: defs.Wire(d.Name, tables)}
+		for _, sub := range defs.SubscriptionsOf(d.Name) {
+			t := byName[sub.Table]
+			if t == nil {
+				continue
+			}
+			one := &subscription{Subscription: sub, set: d.Name, table: t}
+			for _, col := range sub.ColumnsOf(t) {
+				one.columns = append(one.columns, col.Name)
+			}
+			one.reply = newReplySQL(one)
+			s.subs = append(s.subs, one)
+			s.byID[sub.Table] = one
+		}
+		c.sets[d.Name] = s
+	}
+	return c
+}
+
+// subscription finds a table of a set; nil when there is none.
+func (c *Catalog) subscription(setName, table string) *subscription {
+	if s := c.sets[setName]; s != nil {
+		return s.byID[table]
+	}
+	return nil
+}
+
+// allows tells whether a member of these groups has a set, and which ones there are.
+func (c *Catalog) allows(groups []string, setName string) (bool, []string) {
+	sets := c.defs.SetsFor(groups)
+	return slices.Contains(sets, setName) && c.sets[setName] != nil, sets
+}
+
+// castType is the type that a value of the column is cast to when it is read from text. It is the column's own, but
+// without the length where an explicit cast would cut a value silently: there the assignment to the column refuses it.
+func castType(typ string) string {
+	base, array := strings.CutSuffix(typ, "[]")
+	if name, _, ok := strings.Cut(base, "("); ok {
+		switch name {
+		case "character varying", "bit varying":
+			base = name
+		case "character":
+			base = "bpchar"
+		case "bit":
+			base = `"bit"`
+		}
+	}
+	if array {
+		return base + "[]"
+	}
+	return base
+}
+
+// textType is castType, but padded as the column pads.
+func textType(typ string) string {
+	if strings.HasPrefix(typ, "character(") {
+		return typ
+	}
+	return castType(typ)
+}

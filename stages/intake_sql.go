@@ -1,0 +1,280 @@
+package stages
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/waystage/waystage/protocol"
+)
+
+// stage judges open requests and stages those that are taken, in one transaction. It returns the redelivered ones that
+// have been replied to.
+func (in *Intake) stage(ctx context.Context, cat *Catalog, reqs []*incoming) (back []*incoming, err error) {
+	if cat == nil {
+		return nil, errNoCatalog
+	}
+	tx, err := in.db.Begin(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("begin staging: %w", err)
+	}
+	defer rollback(tx)
+	if err := in.devices(ctx, tx, cat, reqs); err != nil {
+		return nil, fmt.Errorf("look up devices: %w", err)
+	}
+	if err := in.ledgers(ctx, tx, reqs); err != nil {
+		return nil, fmt.Errorf("check the session ledger: %w", err)
+	}
+	var fresh []*incoming
+	for _, r := range reqs {
+		switch {
+		case r.outcome == taken:
+			r.records = judge(r.req, cat.sets[r.req.Set], in.cfg.Limits.Row)
+			fresh = append(fresh, r)
+		case r.outcome == again && r.replied:
+			back = append(back, r)
+		}
+	}
+	if len(fresh) == 0 {
+		return back, nil // the device rows were only locked
+	}
+	if err := in.insert(ctx, tx, fresh); err != nil {
+		return nil, fmt.Errorf("stage %d sessions: %w", len(fresh), err)
+	}
+	if err := tx.Commit(ctx); err != nil {
+		return nil, fmt.Errorf("commit staging: %w", err)
+	}
+	return back, nil
+}
+
+// rollback ends a transaction that was not committed; its own failure means that the connection is gone, and with
+// it the transaction.
+func rollback(tx pgx.Tx) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	_ = tx.Rollback(ctx)
+}
+
+// devices finds the devices, locks their rows in order, and refuses what is refused before the ledger is looked at.
+func (in *Intake) devices(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*incoming) error {
+	type identity struct{ user, device string }
+	type known struct {
+		id      int64
+		blocked bool
+		groups  []string
+	}
+	users, devices := make([]string, len(reqs)), make([]string, len(reqs))
+	for i, r := range reqs {
+		users[i], devices[i] = r.user, r.device
+	}
+	rows, err := tx.Query(ctx, `
+		SELECT d.id, d.user_name, d.name, d.blocked OR u.blocked, u.groups
+		FROM waystage.device d JOIN waystage.app_user u ON u.name = d.user_name
+		WHERE (d.user_name, d.name) IN (SELECT * FROM unnest($1::text[], $2::text[]))
+		ORDER BY d.id FOR NO KEY UPDATE OF d`, users, devices)
+	if err != nil {
+		return err
+	}
+	found := map[identity]known{}
+	var k known
+	var id identity
+	_, err = pgx.ForEachRow(rows, []any{&k.id, &id.user, &id.device, &k.blocked, &k.groups}, func() error {
+		found[id] = k
+		k.groups = nil
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, r := range reqs {
+		k, ok := found[identity{r.user, r.device}]
+		r.deviceID = k.id
+		switch {
+		case !ok:
+			r.refuse(protocol.CodeBlocked, "device %s of user %s is not known any more; enrol it again", r.device, r.user)
+		case k.blocked:
+			r.refuse(protocol.CodeBlocked, "device %s or user %s is blocked; ask the operator", r.device, r.user)
+		case r.req.Epoch != "" && r.req.Epoch != cat.epoch:
+			r.refuse(protocol.CodeEpoch, "the server's mirror was rebuilt: go on under a new incarnation with a full refresh; unsent changes stay")
+		default:
+			if ok, sets := cat.allows(k.groups, r.req.Set); !ok {
+				r.sets = sets
+				r.refuse(protocol.CodeUnknownSet, "user %s has no subscription set %q", r.user, r.req.Set)
+			}
+		}
+	}
+	return nil
+}
+
+// ledgers applies rule D4 to the requests that are still open, which are in the order of incarnation and number.
+func (in *Intake) ledgers(ctx context.Context, tx pgx.Tx, reqs []*incoming) error {
+	var all, newIDs []string
+	var newDevices []int64
+	for _, r := range reqs {
+		if r.outcome != undecided {
+			continue
+		}
+		all = append(all, r.req.Incarnation)
+		if r.req.N == 1 {
+			newIDs, newDevices = append(newIDs, r.req.Incarnation), append(newDevices, r.deviceID)
+		}
+	}
+	if len(all) == 0 {
+		return nil
+	}
+	b := &pgx.Batch{}
+	b.Queue(`INSERT INTO waystage.incarnation (id, device_id)
+		SELECT u.id, min(u.device_id) FROM unnest($1::text[], $2::bigint[]) AS u(id, device_id) GROUP BY u.id ORDER BY u.id
+		ON CONFLICT (id) DO NOTHING`, newIDs, newDevices)
+	ledgers := map[string]*ledger{}
+	b.Queue(`SELECT id, device_id, last_n, last_hash FROM waystage.incarnation WHERE id = ANY ($1) ORDER BY id FOR UPDATE`, all).
+		Query(func(rows pgx.Rows) error {
+			for rows.Next() {
+				var id string
+				l := &ledger{}
+				if err := rows.Scan(&id, &l.deviceID, &l.lastN, &l.lastHash); err != nil {
+					return err
+				}
+				ledgers[id] = l
+			}
+			return rows.Err()
+		})
+	if err := tx.SendBatch(ctx, b).Close(); err != nil {
+		return err
+	}
+	var ids []string
+	var ns []int64
+	redelivered := map[string][]*incoming{}
+	for _, r := range reqs {
+		if r.outcome != undecided {
+			continue
+		}
+		if r.outcome = ledgers[r.req.Incarnation].decide(r); r.outcome == again {
+			ids, ns = append(ids, r.req.Incarnation), append(ns, r.req.N)
+			redelivered[r.session] = append(redelivered[r.session], r)
+		}
+	}
+	if len(ids) == 0 {
+		return nil
+	}
+	rows, err := tx.Query(ctx, `
+		SELECT s.token, s.id, s.pages, s.state IN ('replied', 'closed')
+		FROM waystage.session s WHERE (s.incarnation, s.n) IN (SELECT * FROM unnest($1::text[], $2::bigint[]))`, ids, ns)
+	if err != nil {
+		return err
+	}
+	var token string
+	var id int64
+	var pages int
+	var replied bool
+	_, err = pgx.ForEachRow(rows, []any{&token, &id, &pages, &replied}, func() error {
+		for _, r := range redelivered[token] {
+			r.sessionID, r.pages, r.replied = id, pages, replied
+		}
+		return nil
+	})
+	return err
+}
+
+// insert writes sessions, records and ledger: one set insert, one COPY, one set update each.
+func (in *Intake) insert(ctx context.Context, tx pgx.Tx, reqs []*incoming) error {
+	if err := in.insertSessions(ctx, tx, reqs); err != nil {
+		return err
+	}
+	var at, idx = 0, -1
+	next := func() ([]any, error) {
+		for idx++; at < len(reqs) && idx >= len(reqs[at].records); {
+			at, idx = at+1, 0
+		}
+		if at == len(reqs) {
+			return nil, nil
+		}
+		r := &reqs[at].records[idx]
+		var code, why *string
+		if r.code != "" {
+			c := string(r.code)
+			code, why = &c, &r.why
+		}
+		return []any{r.tbl, reqs[at].sessionID, idx, r.tname, r.op, r.key, r.bver, r.base, r.img, code, why}, nil
+	}
+	_, err := tx.CopyFrom(ctx, pgx.Identifier{"waystage", "staging"},
+		[]string{"tbl", "session_id", "idx", "tname", "op", "key", "bver", "base", "img", "bad_code", "bad_detail"},
+		pgx.CopyFromFunc(next))
+	if err != nil {
+		return err
+	}
+	var ids, apps []string
+	var ns, devices []int64
+	var hashes [][]byte
+	var oldest []*time.Time
+	for i, r := range reqs {
+		apps, devices = append(apps, clean(r.req.App)), append(devices, r.deviceID)
+		t, err := time.Parse(time.RFC3339, r.req.Oldest)
+		if err != nil {
+			oldest = append(oldest, nil)
+		} else {
+			oldest = append(oldest, &t)
+		}
+		if i+1 < len(reqs) && reqs[i+1].req.Incarnation == r.req.Incarnation {
+			continue // a later session of the same incarnation stands for it
+		}
+		ids, ns, hashes = append(ids, r.req.Incarnation), append(ns, r.req.N), append(hashes, r.hash)
+	}
+	b := &pgx.Batch{}
+	b.Queue(`UPDATE waystage.incarnation i SET last_n = u.n, last_hash = u.hash
+		FROM unnest($1::text[], $2::bigint[], $3::bytea[]) AS u(id, n, hash) WHERE i.id = u.id`, ids, ns, hashes)
+	b.Queue(`UPDATE waystage.device d SET last_seen_at = now(), app = u.app, oldest_unsent_at = u.oldest
+		FROM (SELECT DISTINCT ON (id) * FROM unnest($1::bigint[], $2::text[], $3::timestamptz[]) WITH ORDINALITY AS v(id, app, oldest, ord) ORDER BY id, ord DESC) u
+		WHERE d.id = u.id`, devices, apps, oldest)
+	// Whoever opens a session has applied the reply to the one before (rule D1).
+	b.Queue(`UPDATE waystage.session s SET state = 'closed'
+		FROM unnest($1::text[], $2::bigint[]) AS u(id, n) WHERE s.incarnation = u.id AND s.n = u.n - 1 AND s.state = 'replied'`, ids, ns)
+	return tx.SendBatch(ctx, b).Close()
+}
+
+func (in *Intake) insertSessions(ctx context.Context, tx pgx.Tx, reqs []*incoming) error {
+	n := len(reqs)
+	var (
+		devices, ns                                       = make([]int64, n), make([]int64, n)
+		users, names, tokens, incs, nonces, sets          = make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n)
+		cursors, epochs, schemas, contentTypes, encodings = make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n)
+		hashes                                            = make([][]byte, n)
+		waits                                             = make([]bool, n)
+		records                                           = make([]int, n)
+		received                                          = make([]time.Time, n)
+		byToken                                           = make(map[string]*incoming, n)
+	)
+	for i, r := range reqs {
+		devices[i], ns[i], users[i], names[i], tokens[i] = r.deviceID, r.req.N, r.user, r.device, r.session
+		incs[i], nonces[i], sets[i], cursors[i], epochs[i] = r.req.Incarnation, r.req.Nonce, r.req.Set, r.req.Cursor, r.req.Epoch
+		schemas[i], contentTypes[i], encodings[i], hashes[i] = r.req.Schema, r.contentType, r.encoding, r.hash
+		waits[i], records[i], received[i] = r.req.Wait == protocol.WaitSource, len(r.records), r.received
+		byToken[r.session] = r
+	}
+	// A session without records has nothing to be merged.
+	rows, err := tx.Query(ctx, `
+		INSERT INTO waystage.session (device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
+			schema_hash, content_type, encoding, hash, wait_source, records, received_at, state, merged_at)
+		SELECT device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
+			schema_hash, content_type, encoding, hash, wait_source, records, received_at,
+			CASE WHEN records = 0 THEN 'merged' ELSE 'staged' END, CASE WHEN records = 0 THEN clock_timestamp() END
+		FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[],
+			$11::text[], $12::text[], $13::text[], $14::bytea[], $15::boolean[], $16::int[], $17::timestamptz[]) WITH ORDINALITY
+			AS u(device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
+			schema_hash, content_type, encoding, hash, wait_source, records, received_at, ord)
+		ORDER BY ord
+		RETURNING token, id`,
+		devices, ns, users, names, tokens, incs, nonces, sets, cursors, epochs, schemas, contentTypes, encodings, hashes, waits, records, received)
+	if err != nil {
+		return err
+	}
+	var token string
+	var id int64
+	_, err = pgx.ForEachRow(rows, []any{&token, &id}, func() error {
+		byToken[token].sessionID = id
+		return nil
+	})
+	return err
+}

@@ -1,0 +1,199 @@
+package stages
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+
+	"github.com/waystage/waystage/protocol"
+)
+
+// MergeConfig bounds merge. The zero value of a field takes the default.
+type MergeConfig struct {
+	MaxRecords  int           // records of one transaction, but for one larger session (default 5000)
+	MaxSessions int           // sessions of one transaction (default 1000)
+	Hold        time.Duration // how long a session or set that fails by itself is left alone before the next attempt (default 10 s)
+}
+
+func (c MergeConfig) withDefaults() MergeConfig {
+	def(&c.MaxRecords, 5000)
+	def(&c.MaxSessions, 1000)
+	def(&c.Hold, 10*time.Second)
+	return c
+}
+
+// Merge moves staged sessions into the mirror: verdicts by rule D3, set-based, one transaction for many sessions.
+type Merge struct {
+	cfg     MergeConfig
+	db      *pgxpool.Pool
+	catalog func() *Catalog
+	kick    kicks
+	log     *zap.Logger
+	metrics *metrics
+	held    *held
+}
+
+// NewMerge makes the stage. catalog gives the newest catalog; kick wakes a stage in all processes.
+func NewMerge(cfg MergeConfig, db *pgxpool.Pool, catalog func() *Catalog, kick func(stage string), log *zap.Logger) *Merge {
+	return &Merge{
+		cfg: cfg.withDefaults(), db: db, catalog: catalog, kick: kick, log: orNop(log), metrics: newMetrics(StageMerge), held: newHeld(),
+	}
+}
+
+// Metrics are the collectors of the stage.
+func (m *Merge) Metrics() []prometheus.Collector { return m.metrics.collectors() }
+
+// Worker makes a worker for a pool.
+func (m *Merge) Worker() Worker { return m }
+
+// Batch merges the oldest staged sessions.
+func (m *Merge) Batch(_, work context.Context, doing func(string)) (int, error) {
+	began := time.Now()
+	b := &mergeBatch{m: m, ctx: work, cat: m.catalog()}
+	err := b.run(doing)
+	if err != nil {
+		if work.Err() == nil {
+			m.held.fail(err, b.ids, m.cfg.Hold)
+		}
+		return 0, err
+	}
+	if len(b.ids) == 0 {
+		return 0, nil
+	}
+	m.kick.to(StageReply)
+	m.metrics.batch(b.merged+b.rejected, time.Since(began))
+	m.metrics.count("merged", len(b.ids))
+	m.metrics.records(protocol.Merged, b.merged)
+	m.metrics.records(protocol.Rejected, b.rejected)
+	for code, n := range b.codes {
+		m.metrics.rejected(code, n)
+	}
+	return len(b.ids), nil
+}
+
+// mergeBatch is one transaction of merge.
+type mergeBatch struct {
+	m   *Merge
+	ctx context.Context
+	cat *Catalog
+	tx  pgx.Tx
+
+	ids      []int64 // claimed sessions in order
+	sessions map[int64]*mergeSession
+	stamp    int64 // this transaction
+	merged   int
+	rejected int
+	codes    map[string]int
+}
+
+type mergeSession struct {
+	user, attributes, incarnation, set, epoch string
+
+	seen map[string]int // table and key -> index, within the session
+}
+
+func (b *mergeBatch) run(doing func(string)) (err error) {
+	if b.cat == nil {
+		return errNoCatalog
+	}
+	if b.tx, err = b.m.db.Begin(b.ctx); err != nil {
+		return fmt.Errorf("begin merging: %w", err)
+	}
+	defer rollback(b.tx)
+	records, err := b.claim()
+	if err != nil || len(b.ids) == 0 {
+		return wrap("claim staged sessions", err)
+	}
+	doing(fmt.Sprintf("%d records of %d sessions, from session %d", records, len(b.ids), b.ids[0]))
+	tables, err := b.lock()
+	if err != nil {
+		return fmt.Errorf("lock mirror tables: %w", err)
+	}
+	b.codes = map[string]int{}
+	for _, id := range tables {
+		if err := b.table(id); err != nil {
+			return err
+		}
+	}
+	if err := b.finish(); err != nil {
+		return fmt.Errorf("finish merging: %w", err)
+	}
+	if err := b.tx.Commit(b.ctx); err != nil {
+		return fmt.Errorf("commit merge: %w", err)
+	}
+	return nil
+}
+
+func wrap(what string, err error) error {
+	if err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return nil
+}
+
+// claim takes sessions. The planner is kept from scanning a mirror table for the sake of a batch.
+func (b *mergeBatch) claim() (records int, err error) {
+	sessions, sets, one := b.m.held.now()
+	limit := b.m.cfg.MaxSessions
+	if one {
+		limit = 1
+	}
+	_, err = b.tx.Exec(b.ctx, "SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL jit = off")
+	if err != nil {
+		return 0, err
+	}
+	rows, err := b.tx.Query(b.ctx, claimSQL, b.m.cfg.MaxRecords, sessions, sets, limit)
+	if err != nil {
+		return 0, err
+	}
+	b.sessions = map[int64]*mergeSession{}
+	var id int64
+	var n int
+	var s mergeSession
+	_, err = pgx.ForEachRow(rows, []any{&id, &s.user, &s.attributes, &s.incarnation, &s.set, &s.epoch, &n}, func() error {
+		c := s
+		c.seen = map[string]int{}
+		b.ids, b.sessions[id] = append(b.ids, id), &c
+		records += n
+		return nil
+	})
+	return records, err
+}
+
+func (b *mergeBatch) lock() (tables []int, err error) {
+	q := &pgx.Batch{}
+	q.Queue(`SELECT pg_current_xact_id()::text::bigint`).QueryRow(func(row pgx.Row) error { return row.Scan(&b.stamp) })
+	q.Queue(lockSQL, b.ids).Query(func(rows pgx.Rows) error {
+		var tbl int
+		var locked bool
+		_, err := pgx.ForEachRow(rows, []any{&tbl, &locked}, func() error {
+			tables = append(tables, tbl)
+			return nil
+		})
+		return err
+	})
+	return tables, b.tx.SendBatch(b.ctx, q).Close()
+}
+
+// finish moves the records that were refused unseen to the ledger, and ends the sessions' staging.
+func (b *mergeBatch) finish() error {
+	q := &pgx.Batch{}
+	q.Queue(badSQL, b.ids, b.stamp).Query(func(rows pgx.Rows) error {
+		var code string
+		var n int
+		_, err := pgx.ForEachRow(rows, []any{&code, &n}, func() error {
+			b.rejected += n
+			b.codes[code] += n
+			return nil
+		})
+		return err
+	})
+	q.Queue(`DELETE FROM waystage.staging WHERE session_id = ANY ($1)`, b.ids)
+	q.Queue(`UPDATE waystage.session SET state = 'merged', merged_at = clock_timestamp() WHERE id = ANY ($1)`, b.ids)
+	return b.tx.SendBatch(b.ctx, q).Close()
+}

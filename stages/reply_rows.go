@@ -1,0 +1,170 @@
+package stages
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+// rowQuery is one query of a reply's rows, and what to do with each of its rows.
+type rowQuery struct {
+	s      *session
+	sub    *subscription
+	sql    string
+	params [][]byte
+	take   func(ctx context.Context, sub *subscription, raw [][]byte) error
+}
+
+// rows reads the rows of all sessions. The queries go out in one go; their results are read as text and put on
+// pages as they come, in memory bounded by a page.
+func (b *replyBatch) rows() error {
+	var queries []rowQuery
+	for _, s := range b.sessions {
+		if s.refusal != nil {
+			continue
+		}
+		if err := s.refuseOn(b.heads(s)); err != nil {
+			return err
+		}
+		queries = append(queries, b.queries(s)...)
+	}
+	if len(queries) == 0 {
+		return nil
+	}
+	names := make([]string, len(queries))
+	for i, q := range queries {
+		sum := sha256.Sum256([]byte(q.sql))
+		names[i] = "ws_" + hex.EncodeToString(sum[:12])
+		if _, err := b.conn.Conn().Prepare(b.ctx, names[i], q.sql); err != nil {
+			return fmt.Errorf("prepare the rows of %s: %w", q.sub.Table, err)
+		}
+	}
+	pipe := b.conn.Conn().PgConn().StartPipeline(b.ctx)
+	for i, q := range queries {
+		pipe.SendQueryPrepared(names[i], q.params, nil, nil)
+	}
+	err := pipe.Sync()
+	for i := 0; err == nil && i < len(queries); i++ {
+		err = b.read(pipe, queries[i])
+	}
+	if cerr := pipe.Close(); err == nil {
+		err = wrap("read rows", cerr)
+	}
+	return err
+}
+
+func (b *replyBatch) read(pipe *pgconn.Pipeline, q rowQuery) error {
+	got, err := pipe.GetResults()
+	if err != nil {
+		return fmt.Errorf("read rows of %s: %w", q.sub.Table, err)
+	}
+	rows, ok := got.(*pgconn.ResultReader)
+	if !ok {
+		return fmt.Errorf("read rows of %s: the connection answered %T", q.sub.Table, got)
+	}
+	for rows.NextRow() {
+		if q.s.refusal != nil {
+			continue // the connection must still be read to the end
+		}
+		if err := q.take(b.ctx, q.sub, rows.Values()); err != nil {
+			if err = q.s.refuseOn(err); err != nil {
+				return err
+			}
+		}
+	}
+	if _, err := rows.Close(); err != nil {
+		return fmt.Errorf("read rows of %s: %w", q.sub.Table, err)
+	}
+	return nil
+}
+
+// refuseOn turns what makes this reply impossible into its refusal; other errors stay errors.
+func (s *session) refuseOn(err error) error {
+	var page *pageError
+	if errors.As(err, &page) {
+		s.refusal = &page.refusal
+		return nil
+	}
+	return err
+}
+
+// heads puts on the pages what comes before the rows: verdicts, and the keys that are gone.
+func (b *replyBatch) heads(s *session) error {
+	for _, v := range s.verdicts {
+		if err := s.pages.verdict(b.ctx, v); err != nil {
+			return err
+		}
+	}
+	for i := range s.tables {
+		for _, key := range s.tables[i].gone {
+			if err := s.pages.gone(b.ctx, s.tables[i].sub, key); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// queries of one session: per table, keys of rows that left, rows that changed, and all rows of new keys.
+func (b *replyBatch) queries(s *session) []rowQuery {
+	var list []rowQuery
+	add := func(sub *subscription, sql string, take func(context.Context, *subscription, [][]byte) error, params ...[]byte) {
+		list = append(list, rowQuery{s: s, sub: sub, sql: sql, params: params, take: take})
+	}
+	var xmin []byte
+	if s.from != nil {
+		xmin = strconv.AppendInt(nil, s.from.xmin, 10)
+	}
+	for i := range s.tables {
+		t := &s.tables[i]
+		sub, q := t.sub, t.sub.reply
+		switch {
+		case sub.Key == "" && s.from == nil:
+			add(sub, q.whole, s.pages.row)
+		case sub.Key == "":
+			add(sub, q.deleted, s.pages.deleted, xmin)
+			add(sub, q.changed, s.pages.row, xmin)
+		default:
+			if len(t.kept) > 0 {
+				kept := textArray(t.kept)
+				all := kept
+				if len(t.fresh) > 0 {
+					all = textArray(t.all)
+				}
+				add(sub, q.deleted, s.pages.deleted, xmin, kept, all)
+				add(sub, q.changed, s.pages.row, xmin, kept)
+			}
+			if len(t.fresh) > 0 {
+				add(sub, q.whole, s.pages.row, textArray(t.fresh))
+			}
+		}
+	}
+	return list
+}
+
+// textArray renders a text[] literal.
+func textArray(list []string) []byte {
+	size := 2
+	for _, s := range list {
+		size += len(s) + 3
+	}
+	b := append(make([]byte, 0, size), '{')
+	for i, s := range list {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = append(b, '"')
+		if strings.ContainsAny(s, `"\`) {
+			s = strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(s)
+		}
+		b = append(b, s...)
+		b = append(b, '"')
+	}
+	return append(b, '}')
+}

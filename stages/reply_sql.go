@@ -1,0 +1,91 @@
+package stages
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/waystage/waystage/schema"
+)
+
+// replySQL is the reply's SQL for one subscription. All parameters and results are text.
+type replySQL struct {
+	keys    string // the user's keys: $1 user, $2 attributes; empty: all rows
+	changed string // rows of kept keys since the cursor: $1 xmin, $2 keys
+	whole   string // all rows of new keys: $1 keys
+	deleted string // keys of rows that left: $1 xmin, $2 kept keys, $3 all keys
+	count   string // about how many rows whole gives: $1 keys
+	width   int    // columns of a primary key
+}
+
+func newReplySQL(s *subscription) *replySQL {
+	t := s.table
+	cols := make([]string, 0, len(s.columns)+1)
+	cols = append(cols, "m._ws_version")
+	for _, name := range s.columns {
+		cols = append(cols, "m."+schema.Quote(name))
+	}
+	list := strings.Join(cols, ", ")
+	var dead, alive []string
+	for i, k := range t.Key {
+		c, _ := t.Column(k)
+		dead = append(dead, fmt.Sprintf("t.key[%d]", i+1))
+		alive = append(alive, fmt.Sprintf("m.%s = (t.key[%d])::%s", schema.Quote(k), i+1, castType(c.MirrorType)))
+	}
+	from := "\nFROM " + t.Ident() + " m"
+	q := &replySQL{width: len(t.Key)}
+	if s.Key == "" {
+		q.changed = "SELECT " + list + from + " WHERE m._ws_version >= $1::bigint"
+		q.whole = "SELECT " + list + from
+		q.count = "SELECT greatest(c.reltuples, 0)::bigint FROM pg_class c WHERE c.oid = " + schema.Literal(t.Ident()) + "::regclass"
+		q.deleted = fmt.Sprintf("SELECT DISTINCT %s\nFROM waystage.tombstone t WHERE t.tbl = %d AND t.stamp >= $1::bigint AND NOT EXISTS (SELECT%s WHERE %s)",
+			strings.Join(dead, ", "), t.ID, from, strings.Join(alive, " AND "))
+		return q
+	}
+	c, _ := t.Column(s.Key)
+	in := func(param string) string {
+		return fmt.Sprintf("m.%s = ANY ((%s::text[])::%s[])", schema.Quote(s.Key), param, castType(c.MirrorType))
+	}
+	q.keys = s.KeyQuery("$1", "$2")
+	q.changed = "SELECT " + list + from + " WHERE " + in("$2") + " AND m._ws_version >= $1::bigint"
+	q.whole = "SELECT " + list + from + " WHERE " + in("$1")
+	q.count = "SELECT count(*)" + from + " WHERE " + in("$1")
+	// A row that moved from one key of the user to another has a tombstone and is alive.
+	q.deleted = fmt.Sprintf("SELECT DISTINCT %s\nFROM waystage.tombstone t WHERE t.tbl = %d AND t.val = ANY ($2::text[]) AND t.stamp >= $1::bigint AND NOT EXISTS (SELECT%s WHERE %s AND %s)",
+		strings.Join(dead, ", "), t.ID, from, strings.Join(alive, " AND "), in("$3"))
+	return q
+}
+
+// openSQL finds sessions to be answered: $1 how long a session may wait for the source, in seconds; $2 sessions and $3 sets
+// to leave alone; $4 how many. A session-level advisory lock keeps other workers off without writing anything; the
+// limit ends the locking.
+const openSQL = `
+SELECT c.id FROM (
+	SELECT s.id FROM waystage.session s
+	WHERE s.state = 'merged' AND NOT s.id = ANY ($2::bigint[]) AND NOT s.set_name = ANY ($3::text[])
+		AND (NOT s.wait_source OR s.merged_at < clock_timestamp() - make_interval(secs => $1)
+			OR NOT EXISTS (SELECT FROM waystage.change c WHERE c.session_id = s.id AND c.state = 'merged'))
+	ORDER BY s.id LIMIT 4 * $4) c
+WHERE pg_try_advisory_lock(6291456000000000000 + c.id)
+LIMIT $4`
+
+// sessionsSQL reads the locked sessions that nobody has answered meanwhile.
+const sessionsSQL = `
+SELECT s.id, s.device_id, s.user_name, s.device_name, u.groups, u.attributes::text, s.token, s.incarnation, s.n, s.nonce, s.set_name,
+	s.cursor_from, s.schema_hash, s.content_type, s.encoding
+FROM waystage.session s JOIN waystage.app_user u ON u.name = s.user_name
+WHERE s.id = ANY ($1) AND s.state = 'merged' ORDER BY s.id`
+
+// cursorsSQL reads the cursors that the sessions start from, with the hashes of their key sets.
+const cursorsSQL = `
+SELECT c.token, c.device_id, c.set_name, c.since, c.created_at, c.keysets::text,
+	coalesce((SELECT jsonb_object_agg(k.id::text, encode(k.hash, 'hex'))::text
+		FROM jsonb_each_text(c.keysets->'tables') e JOIN waystage.keyset k ON k.id = e.value::bigint), '{}')
+FROM waystage.cursor c WHERE c.token = ANY ($1)`
+
+// verdictsSQL reads the verdicts that a reply tells (rule D5): $1 incarnation, $2 xmin of the cursor, $3 session.
+const verdictsSQL = `
+SELECT c.incarnation, c.n, c.idx, c.tname, c.key, c.state, c.version, coalesce(c.code, ''), coalesce(c.detail, ''),
+	coalesce(c.constraint_name, ''), c.id, c.session_id = $3
+FROM waystage.change c
+WHERE c.incarnation = $1 AND (c.stamp >= $2 OR c.session_id = $3)
+ORDER BY c.n, c.idx`
