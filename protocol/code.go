@@ -39,6 +39,12 @@ const (
 	CodeInvalidRecord Code = "invalid_record"        // image missing, superfluous or of the wrong length
 )
 
+// Rejections that a device makes by itself, beside those above that need no server (invalid_value, row_too_big,
+// not_subscribed).
+const (
+	CodeSchema Code = "schema_changed" // the table was changed at the server so that the edit has no place in it
+)
+
 // Refusals of one record by the source.
 const (
 	CodeConstraint Code = "source_constraint"   // a constraint of the source; Constraint names it

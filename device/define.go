@@ -1,0 +1,378 @@
+package device
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+
+	"github.com/waystage/waystage/protocol"
+)
+
+// define makes the tables of a set what the server says they are. New tables are created; new columns are added in
+// place, so that unsent edits live on. more tells that a table that already had rows got something that only a full
+// refresh can fill.
+func (t *txn) define(name string, defs *protocol.Definitions) (more bool, err error) {
+	c, err := t.load()
+	if err != nil {
+		return false, err
+	}
+	if s := c.set(name); s != nil {
+		in := &incoming{t: t, set: s, gen: -1, rep: &SetReport{}, dirty: map[string]bool{}}
+		for _, m := range s.Tables {
+			if !slices.ContainsFunc(defs.Tables, func(d protocol.Table) bool { return d.Name == m.Wire }) {
+				if err := in.sweep1(m.table); err != nil {
+					return false, err
+				}
+			}
+		}
+	}
+	if err := t.exec(`DELETE FROM _ws_set_table WHERE set_name = ?`, name); err != nil {
+		return false, err
+	}
+	for ord, def := range defs.Tables {
+		tab := c.tables[def.Name]
+		if tab != nil && !slices.Equal(tab.Key, def.Key) {
+			if err := t.discard(name, tab); err != nil {
+				return false, err
+			}
+			tab, more = nil, true
+		}
+		if tab == nil {
+			if tab, err = t.define1(def); err != nil {
+				return false, err
+			}
+			c.tables[def.Name] = tab
+		} else {
+			grown, err := t.extend(tab, def)
+			if err != nil {
+				return false, err
+			}
+			more = more || grown
+		}
+		if def.SubsetKey != "" {
+			i := tab.index(def.SubsetKey)
+			if i < 0 {
+				return false, fmt.Errorf("%w: subset key %s is not a column of table %s", ErrReply, def.SubsetKey, def.Name)
+			}
+			if err := t.exec("CREATE INDEX IF NOT EXISTS " + quote("_ws_k_"+tab.Local+"_"+tab.Cols[i].Local) + " ON " + quote(tab.Local) + " (" + quote(tab.Cols[i].Local) + ")"); err != nil {
+				return false, err
+			}
+		}
+		text, err := json.Marshal(def)
+		if err != nil {
+			return false, err
+		}
+		if err := t.exec(`INSERT INTO _ws_set_table (set_name, wire, ord, def) VALUES (?, ?, ?, ?)`, name, def.Name, ord, string(text)); err != nil {
+			return false, err
+		}
+	}
+	if err := t.exec(`UPDATE _ws_set SET hash = ? WHERE name = ?`, defs.Hash, name); err != nil {
+		return false, err
+	}
+	return more, t.shrink()
+}
+
+func (t *txn) define1(def protocol.Table) (*table, error) {
+	local, err := t.name(def.Name)
+	if err != nil {
+		return nil, err
+	}
+	tab := &table{Wire: def.Name, Local: local, Key: def.Key}
+	for _, c := range def.Columns {
+		tab.add(c, nil)
+	}
+	if err := t.create(tab); err != nil {
+		return nil, err
+	}
+	return tab, t.install(tab)
+}
+
+// extend adds columns, and converts those whose type is kept otherwise in SQLite.
+func (t *txn) extend(tab *table, def protocol.Table) (grown bool, err error) {
+	var have []string
+	err = t.each(`SELECT name FROM pragma_table_info(?)`, []any{tab.Local}, func(scan func(...any) error) error {
+		have = append(have, "")
+		return scan(&have[len(have)-1])
+	})
+	if err != nil {
+		return false, err
+	}
+	changed := false
+	for _, c := range def.Columns {
+		i := tab.index(c.Name)
+		switch {
+		case i < 0:
+			col := tab.add(c, have)
+			if err := t.addColumn(tab, col); err != nil {
+				return false, err
+			}
+			grown, changed = true, true
+		case tab.Cols[i].Type != c.Type:
+			was := tab.Cols[i].kind
+			tab.Cols[i].Type = c.Type
+			if k := kindOf(c.Type); k != was {
+				if err := t.convert(tab, i, was, k); err != nil {
+					return false, err
+				}
+				grown = true
+			}
+			changed = true
+		}
+	}
+	if !changed {
+		return false, nil
+	}
+	if err := t.saveTable(tab); err != nil {
+		return false, err
+	}
+	return grown, t.install(tab)
+}
+
+func (t *txn) addColumn(tab *table, col *column) error {
+	t.close()
+	if err := t.uninstall(tab); err != nil {
+		return err
+	}
+	// Rows that are there get no default: the server's values follow, and until then null means "not told yet". For
+	// rows of the application's own an absent value is the same as what the base says.
+	bare := *col
+	bare.Default = ""
+	if err := t.exec("ALTER TABLE " + quote(tab.Local) + " ADD COLUMN " + bare.declare(false)); err != nil {
+		return err
+	}
+	return t.exec("ALTER TABLE " + quote(tab.shadow()) + " ADD COLUMN " + quote("b_"+col.Local) + " " + col.kind.declared())
+}
+
+// convert changes how a column's values are kept, live ones and bases.
+func (t *txn) convert(tab *table, i int, was, is kind) error {
+	t.close()
+	if slices.Contains(tab.key, i) {
+		return fmt.Errorf("key column %s of table %s changes its type: not possible while the file keeps rows of it", tab.Cols[i].Wire, tab.Wire)
+	}
+	if err := t.uninstall(tab); err != nil {
+		return err
+	}
+	for _, where := range []struct{ table, col, id string }{{tab.Local, tab.Cols[i].Local, "rowid"}, {tab.shadow(), "b_" + tab.Cols[i].Local, "id"}} {
+		type cell struct {
+			id int64
+			v  any
+		}
+		var cells []cell
+		err := t.each("SELECT "+where.id+", "+quote(where.col)+" FROM "+quote(where.table), nil, func(scan func(...any) error) error {
+			cells = append(cells, cell{})
+			return scan(&cells[len(cells)-1].id, &cells[len(cells)-1].v)
+		})
+		if err != nil {
+			return err
+		}
+		tmp := quote("_ws_tmp")
+		for _, q := range []string{
+			"ALTER TABLE " + quote(where.table) + " ADD COLUMN " + tmp + " " + is.declared(),
+		} {
+			if err := t.exec(q); err != nil {
+				return err
+			}
+		}
+		for _, c := range cells {
+			if _, err := t.run("UPDATE "+quote(where.table)+" SET "+tmp+" = ? WHERE "+where.id+" = ?", fromWire(is, toWire(was, c.v)), c.id); err != nil {
+				return err
+			}
+		}
+		t.close()
+		for _, q := range []string{
+			"ALTER TABLE " + quote(where.table) + " DROP COLUMN " + quote(where.col),
+			"ALTER TABLE " + quote(where.table) + " RENAME COLUMN " + tmp + " TO " + quote(where.col),
+		} {
+			if err := t.exec(q); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// shrink takes away columns that no set carries any more: what leaves the subset leaves the device. An edit of such a
+// column goes with it.
+func (t *txn) shrink() error {
+	c, err := t.load()
+	if err != nil {
+		return err
+	}
+	for _, tab := range c.order {
+		used, members := map[string]bool{}, 0
+		for _, s := range c.sets {
+			if m := s.member(tab.Wire); m != nil {
+				members++
+				for _, col := range m.Def.Columns {
+					used[col.Name] = true
+				}
+			}
+		}
+		var drop []column
+		keep := tab.Cols[:0:0]
+		for _, col := range tab.Cols {
+			if used[col.Wire] || slices.Contains(tab.Key, col.Wire) {
+				keep = append(keep, col)
+			} else {
+				drop = append(drop, col)
+			}
+		}
+		if members == 0 || len(drop) == 0 {
+			continue
+		}
+		if err := t.uninstall(tab); err != nil {
+			return err
+		}
+		t.close()
+		for _, col := range drop {
+			if err := t.exec("DROP INDEX IF EXISTS " + quote("_ws_k_"+tab.Local+"_"+col.Local)); err != nil {
+				return err
+			}
+			// The application may have put an index or a view on the column: then its content goes, and the column stays.
+			if t.exec("ALTER TABLE "+quote(tab.Local)+" DROP COLUMN "+quote(col.Local)) != nil {
+				if err := t.exec("UPDATE " + quote(tab.Local) + " SET " + quote(col.Local) + " = NULL"); err != nil {
+					return err
+				}
+			}
+			if err := t.exec("ALTER TABLE " + quote(tab.shadow()) + " DROP COLUMN " + quote("b_"+col.Local)); err != nil {
+				return err
+			}
+		}
+		tab.Cols = keep
+		if err := t.saveTable(tab); err != nil {
+			return err
+		}
+		if err := t.install(tab); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// discard removes a table whose key has changed; unsent edits of it are logged as rejected.
+func (t *txn) discard(setName string, tab *table) error {
+	if err := t.rejectAll(setName, tab, true, protocol.CodeSchema, "the table's key was changed at the server"); err != nil {
+		return err
+	}
+	if err := t.exec(`UPDATE _ws_set SET hash = '', cursor = '' WHERE name <> ? AND name IN (SELECT set_name FROM _ws_set_table WHERE wire = ?)`, setName, tab.Wire); err != nil {
+		return err
+	}
+	if err := t.exec(`DELETE FROM _ws_record WHERE wire = ? AND state = 'sent'`, tab.Wire); err != nil {
+		return err
+	}
+	return t.drop(tab)
+}
+
+// rejectAll refuses the edits of a table on the device itself; marked ones, whose verdict may still come, only if all is set.
+func (t *txn) rejectAll(setName string, tab *table, all bool, code protocol.Code, detail string) error {
+	ids, err := t.ids(tab)
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		d, err := t.dirty(tab, id)
+		if err != nil {
+			return err
+		}
+		if d.batch.Valid && !all {
+			continue
+		}
+		live, err := t.live(tab, d.key)
+		if err != nil {
+			return err
+		}
+		if d.base == (live != nil) && (live == nil || sameImage(tab.toWire(tab.all(), d.baseRow), tab.toWire(tab.all(), live))) {
+			if err := t.restore(tab, d); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := t.rejectHere(setName, tab, d, live, code, detail); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// adopt takes over the list of the user's sets. What is new has todo as its place in the running sync.
+func (t *txn) adopt(c *catalogue, names []string, todo int) error {
+	var used int64
+	for _, s := range c.sets {
+		used |= s.Bit
+	}
+	for ord, name := range names {
+		if c.set(name) != nil {
+			if err := t.exec(`UPDATE _ws_set SET ord = ?, gone = 0 WHERE name = ?`, ord, name); err != nil {
+				return err
+			}
+			continue
+		}
+		bit := int64(1)
+		for used&bit != 0 {
+			bit <<= 1
+		}
+		if bit <= 0 {
+			return fmt.Errorf("more than 63 subscription sets")
+		}
+		used |= bit
+		if err := t.exec(`INSERT INTO _ws_set (name, bit, ord, todo) VALUES (?, ?, ?, ?)`, name, bit, ord, todo); err != nil {
+			return err
+		}
+	}
+	for _, s := range c.sets {
+		if !slices.Contains(names, s.Name) && !s.Gone {
+			if err := t.exec(`UPDATE _ws_set SET gone = 1, todo = 0, cursor = '', hash = '' WHERE name = ?`, s.Name); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// dropGone removes what belongs to sets that the user no longer has: unsent edits go to the rejected log, rows leave
+// the device. Edits that are on their way keep their rows until the verdict. Capture must be off.
+func (t *txn) dropGone() error {
+	c, err := t.load()
+	if err != nil {
+		return err
+	}
+	for _, tab := range c.order {
+		inUse := false
+		for _, s := range c.sets {
+			inUse = inUse || !s.Gone && s.member(tab.Wire) != nil
+		}
+		var from *set
+		for _, s := range c.sets {
+			if s.Gone && s.member(tab.Wire) != nil {
+				from = s
+				in := &incoming{t: t, set: s, gen: -1, rep: &SetReport{}, dirty: map[string]bool{}}
+				if err := in.sweep1(tab); err != nil {
+					return err
+				}
+			}
+		}
+		if inUse {
+			continue
+		}
+		name := ""
+		if from != nil {
+			name = from.Name
+		}
+		if err := t.rejectAll(name, tab, false, protocol.CodeNotSubscribed, "the table is no longer subscribed to"); err != nil {
+			return err
+		}
+		left, err := t.ids(tab)
+		if err != nil {
+			return err
+		}
+		if err := t.unpark(tab); err != nil {
+			return err
+		}
+		if len(left) == 0 {
+			if err := t.drop(tab); err != nil {
+				return err
+			}
+		}
+	}
+	return t.exec(`DELETE FROM _ws_set WHERE gone = 1 AND NOT EXISTS (SELECT 1 FROM _ws_set_table m WHERE m.set_name = name) AND NOT EXISTS (SELECT 1 FROM _ws_outbox o WHERE o.set_name = name)`)
+}

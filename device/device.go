@@ -1,0 +1,221 @@
+package device
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+
+	"github.com/nats-io/nkeys"
+	"go.uber.org/zap"
+
+	"github.com/waystage/waystage/protocol"
+)
+
+// Options of a Device. The zero value is good.
+type Options struct {
+	DB  *sql.DB // bring your own database handle; Open then ignores its path, and Close leaves the handle open
+	Log *zap.Logger
+	App string // application version, told to the server for the operator's eyes
+
+	Dial        Dialer // nil: DialNATS
+	ContentType string // protocol.ContentCBOR (default) or protocol.ContentJSON
+	Encoding    string // of larger requests: protocol.Zstd (default) or protocol.Gzip; "none" for neither
+
+	MostChanges int             // changes per session; 0: 20,000. What is left follows in another session of the same sync
+	MostBytes   int             // bytes of changes per session before encoding; 0: 8 MiB
+	PartSize    int             // bytes per message; 0: 480 KiB, which leaves room for headers below the broker's 512 KiB
+	KeepLog     int             // entries kept in the log of syncs; 0: 200
+	Limits      protocol.Limits // zero: protocol.DefaultLimits
+}
+
+// Device is one synced file. Its methods may be called from any goroutine; one sync runs at a time.
+type Device struct {
+	db   *sql.DB
+	own  bool // db was opened by Open
+	opts Options
+	log  *zap.Logger
+
+	syncing sync.Mutex
+}
+
+// Open opens a file, and makes it one that can be enrolled if it is new. The application's tables appear with the
+// first sync.
+func Open(ctx context.Context, path string, o Options) (*Device, error) {
+	if o.Log == nil {
+		o.Log = zap.NewNop()
+	}
+	if o.Dial == nil {
+		o.Dial = DialNATS
+	}
+	if o.ContentType == "" {
+		o.ContentType = protocol.ContentCBOR
+	}
+	switch o.Encoding {
+	case "":
+		o.Encoding = protocol.Zstd
+	case "none":
+		o.Encoding = protocol.Identity
+	}
+	if o.MostChanges <= 0 {
+		o.MostChanges = 20_000
+	}
+	if o.MostBytes <= 0 {
+		o.MostBytes = 8 << 20
+	}
+	if o.PartSize <= 0 {
+		o.PartSize = 480 << 10
+	}
+	if o.KeepLog <= 0 {
+		o.KeepLog = 200
+	}
+	if o.Limits == (protocol.Limits{}) {
+		o.Limits = protocol.DefaultLimits()
+	}
+	d := &Device{db: o.DB, opts: o, log: o.Log}
+	if d.db == nil {
+		d.own = true
+		// The file will hold the device's key: nobody else may read it.
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+		if err != nil {
+			return nil, fmt.Errorf("device: %w", err)
+		}
+		if err := f.Close(); err != nil {
+			return nil, fmt.Errorf("device: %w", err)
+		}
+		if d.db, err = openFile(path); err != nil {
+			return nil, err
+		}
+	}
+	if err := d.prepare(ctx); err != nil {
+		_ = d.Close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// Close closes the file.
+func (d *Device) Close() error {
+	if !d.own {
+		return nil
+	}
+	return d.db.Close()
+}
+
+// DB is the handle of the file, for the application's own SQL.
+func (d *Device) DB() *sql.DB { return d.db }
+
+// EnrolOptions say who enrols where.
+type EnrolOptions struct {
+	Servers  []string // NATS addresses, e.g. "tls://sync.example.org:4222"
+	User     string
+	Device   string
+	Password string // used once, never stored
+}
+
+// Enrol makes the file the given device of the given user: it logs in with the password, registers a key made here,
+// and stores the key. A file that is enrolled can be enrolled again as the same device (a new key, other addresses),
+// not as another.
+func (d *Device) Enrol(ctx context.Context, o EnrolOptions) error {
+	for what, name := range map[string]string{"user": o.User, "device": o.Device} {
+		if !protocol.ValidName(name) {
+			return fmt.Errorf("device: the %s name %q is not [a-z0-9_-]{1,64}", what, name)
+		}
+	}
+	var st state
+	err := d.read(ctx, func(t *txn) (err error) {
+		st, err = t.state()
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if st.User != "" && (st.User != o.User || st.Device != o.Device) {
+		return fmt.Errorf("device: this file belongs to %s/%s: use a new file for %s/%s", st.User, st.Device, o.User, o.Device)
+	}
+	kp, err := nkeys.CreateUser()
+	if err != nil {
+		return fmt.Errorf("device: %w", err)
+	}
+	pub, err := kp.PublicKey()
+	if err != nil {
+		return fmt.Errorf("device: %w", err)
+	}
+	seed, err := kp.Seed()
+	if err != nil {
+		return fmt.Errorf("device: %w", err)
+	}
+	tr, err := d.opts.Dial(ctx, Login{Servers: o.Servers, User: o.User, Device: o.Device, Password: o.Password})
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tr.Close() }()
+	en, err := tr.Enrol(ctx, protocol.Enrolment{Key: pub, App: d.opts.App})
+	if err != nil {
+		return explain("enrolment", err)
+	}
+	if en.User != o.User || en.Device != o.Device {
+		return fmt.Errorf("device: %w: enrolled %s/%s, not %s/%s", ErrReply, en.User, en.Device, o.User, o.Device)
+	}
+	servers, err := json.Marshal(o.Servers)
+	if err != nil {
+		return fmt.Errorf("device: %w", err)
+	}
+	return d.write(ctx, func(t *txn) error {
+		if err := t.exec(`UPDATE _ws_state SET user = ?, device = ?, servers = ?, seed = ?`, o.User, o.Device, string(servers), seed); err != nil {
+			return err
+		}
+		c, err := t.load()
+		if err != nil {
+			return err
+		}
+		return t.adopt(c, en.Sets, 0)
+	})
+}
+
+// login is what the file connects with.
+func (s state) login() (Login, error) {
+	l := Login{User: s.User, Device: s.Device, Seed: s.Seed}
+	if s.User == "" || len(s.Seed) == 0 {
+		return l, fmt.Errorf("device: %w: run enrol first", ErrNotEnrolled)
+	}
+	if err := json.Unmarshal([]byte(s.Servers), &l.Servers); err != nil {
+		return l, fmt.Errorf("device: %w", err)
+	}
+	return l, nil
+}
+
+// explain gives a refusal by the server its place among this package's errors.
+func explain(doing string, err error) error {
+	var e *protocol.Error
+	if !errors.As(err, &e) {
+		return err
+	}
+	if e.Code == protocol.CodeBlocked {
+		return fmt.Errorf("device: %s: %w: %w", doing, ErrBlocked, e)
+	}
+	return fmt.Errorf("device: %s: %w: %w", doing, ErrRefused, e)
+}
+
+// Repair makes the capture of every table anew, and has the next sync fetch all rows again. Unsent edits that the
+// capture knows are kept; edits made while it was damaged are overwritten by what the server has.
+func (d *Device) Repair(ctx context.Context) error {
+	return d.write(ctx, func(t *txn) error {
+		c, err := t.load()
+		if err != nil {
+			return err
+		}
+		for _, tab := range c.order {
+			if err := t.install(tab); err != nil {
+				return err
+			}
+			if err := t.verify(tab); err != nil {
+				return err
+			}
+		}
+		return t.exec(`UPDATE _ws_set SET cursor = ''`)
+	})
+}

@@ -1,0 +1,201 @@
+package device
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nkeys"
+
+	"github.com/waystage/waystage/protocol"
+)
+
+// DialNATS connects to the server's NATS listener.
+func DialNATS(ctx context.Context, l Login) (Transport, error) {
+	if len(l.Servers) == 0 {
+		return nil, fmt.Errorf("device: no server address")
+	}
+	opts := []nats.Option{
+		nats.Name("waystage device " + l.User + "/" + l.Device),
+		nats.CustomInboxPrefix(protocol.InboxPrefix(l.User, l.Device)),
+		nats.MaxReconnects(20),
+		nats.ReconnectWait(500 * time.Millisecond),
+		// Without a handler the client prints; a refused call shows as its own error.
+		nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}),
+	}
+	timeout := 10 * time.Second
+	if deadline, ok := ctx.Deadline(); ok {
+		timeout = min(timeout, max(time.Until(deadline), 100*time.Millisecond))
+	}
+	opts = append(opts, nats.Timeout(timeout))
+	if l.Seed != nil {
+		kp, err := nkeys.FromSeed(l.Seed)
+		if err != nil {
+			return nil, fmt.Errorf("device: the stored key is damaged: %w; enrol again", err)
+		}
+		pub, err := kp.PublicKey()
+		if err != nil {
+			return nil, fmt.Errorf("device: the stored key is damaged: %w; enrol again", err)
+		}
+		opts = append(opts, nats.Nkey(pub, kp.Sign))
+	} else {
+		opts = append(opts, nats.UserInfo(l.User+"/"+l.Device, l.Password))
+	}
+	urls := strings.Join(l.Servers, ",")
+	type dialled struct {
+		nc  *nats.Conn
+		err error
+	}
+	ch := make(chan dialled, 1)
+	go func() {
+		nc, err := nats.Connect(urls, opts...)
+		ch <- dialled{nc, err}
+	}()
+	select {
+	case <-ctx.Done():
+		go func() { // the connection attempt ends by its own timeout
+			if c := <-ch; c.nc != nil {
+				c.nc.Close()
+			}
+		}()
+		return nil, fmt.Errorf("device: connecting to %s: %w", urls, ctx.Err())
+	case c := <-ch:
+		switch {
+		case c.err == nil:
+			return &natsTransport{nc: c.nc, user: l.User, device: l.Device}, nil
+		case isAuth(c.err):
+			if l.Seed == nil {
+				return nil, fmt.Errorf("device: %w as %s/%s at %s: unknown user, wrong password, or blocked", ErrLogin, l.User, l.Device, urls)
+			}
+			return nil, fmt.Errorf("device: %w with the key of %s/%s at %s: the device or user is blocked, was removed, or was enrolled again elsewhere", ErrLogin, l.User, l.Device, urls)
+		default:
+			return nil, fmt.Errorf("device: %w at %s: %w", ErrUnreachable, urls, c.err)
+		}
+	}
+}
+
+func isAuth(err error) bool {
+	return errors.Is(err, nats.ErrAuthorization) || errors.Is(err, nats.ErrAuthExpired) || errors.Is(err, nats.ErrAuthRevoked) ||
+		errors.Is(err, nats.ErrAccountAuthExpired) || errors.Is(err, nats.ErrPermissionViolation)
+}
+
+type natsTransport struct {
+	nc           *nats.Conn
+	user, device string
+}
+
+// Timeouts of one call. The gateway holds a get for up to five seconds.
+const (
+	callTimeout = 10 * time.Second
+	getTimeout  = 20 * time.Second
+)
+
+func (t *natsTransport) call(ctx context.Context, timeout time.Duration, p Payload, verb string, tokens ...string) (*nats.Msg, error) {
+	m := nats.NewMsg(protocol.RequestSubject(t.user, t.device, verb, tokens...))
+	m.Data = p.Data
+	if p.ContentType != "" {
+		m.Header.Set(protocol.HeaderContentType, p.ContentType)
+	}
+	if p.Encoding != "" {
+		m.Header.Set(protocol.HeaderContentEncoding, p.Encoding)
+	}
+	cctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	reply, err := t.nc.RequestMsgWithContext(cctx, m)
+	switch {
+	case err == nil:
+		return reply, nil
+	case ctx.Err() != nil:
+		return nil, ctx.Err()
+	case isAuth(err), isAuth(t.nc.LastError()) && t.nc.IsClosed():
+		return nil, fmt.Errorf("device: %w: the server closed the connection of %s/%s: the device or user was blocked", ErrBlocked, t.user, t.device)
+	case errors.Is(err, nats.ErrNoResponders):
+		return nil, fmt.Errorf("device: %w: the broker is there, but no gateway answers", ErrUnreachable)
+	case errors.Is(err, context.DeadlineExceeded):
+		return nil, fmt.Errorf("device: %w: no answer to %s within %s", ErrUnreachable, verb, timeout)
+	default:
+		return nil, fmt.Errorf("device: %w: %s: %w", ErrUnreachable, verb, err)
+	}
+}
+
+// answer reads a JSON answer; a refusal in its header is returned as the error.
+func answer[T any](m *nats.Msg, err error, refusal func(*T) *protocol.Error) (T, error) {
+	var a T
+	if err != nil {
+		return a, err
+	}
+	if e := refused(m); e != nil {
+		return a, e
+	}
+	if err := json.Unmarshal(m.Data, &a); err != nil {
+		return a, fmt.Errorf("device: %w: not an answer of a gateway: %w", ErrReply, err)
+	}
+	if e := refusal(&a); e != nil {
+		return a, e
+	}
+	return a, nil
+}
+
+func refused(m *nats.Msg) *protocol.Error {
+	code := m.Header.Get(protocol.HeaderError)
+	if code == "" {
+		return nil
+	}
+	e := &protocol.Error{}
+	if json.Unmarshal(m.Data, e) != nil || e.Code == "" {
+		e = &protocol.Error{Code: protocol.Code(code), Message: "the gateway gave no reason"}
+	}
+	return e
+}
+
+func (t *natsTransport) Enrol(ctx context.Context, e protocol.Enrolment) (protocol.Enrolled, error) {
+	data, err := json.Marshal(e)
+	if err != nil {
+		return protocol.Enrolled{}, err
+	}
+	m, err := t.call(ctx, callTimeout, Payload{ContentType: protocol.ContentJSON, Data: data}, protocol.VerbEnrol)
+	return answer(m, err, func(a *protocol.Enrolled) *protocol.Error { return a.Error })
+}
+
+func (t *natsTransport) Put(ctx context.Context, session, part string, p Payload) (protocol.Receipt, error) {
+	m, err := t.call(ctx, callTimeout, p, protocol.VerbPut, session, part)
+	return answer(m, err, func(a *protocol.Receipt) *protocol.Error { return a.Error })
+}
+
+func (t *natsTransport) Get(ctx context.Context, session string, page int) (Payload, error) {
+	m, err := t.call(ctx, getTimeout, Payload{}, protocol.VerbGet, session, strconv.Itoa(page))
+	if err != nil {
+		return Payload{}, err
+	}
+	if e := refused(m); e != nil {
+		return Payload{}, e
+	}
+	return Payload{ContentType: m.Header.Get(protocol.HeaderContentType), Encoding: m.Header.Get(protocol.HeaderContentEncoding), Data: m.Data}, nil
+}
+
+func (t *natsTransport) Ack(ctx context.Context, session string) error {
+	m, err := t.call(ctx, callTimeout, Payload{}, protocol.VerbAck, session)
+	if err != nil {
+		return err
+	}
+	if e := refused(m); e != nil {
+		return e
+	}
+	return nil
+}
+
+func (t *natsTransport) Status(ctx context.Context, session string) (protocol.Status, error) {
+	m, err := t.call(ctx, callTimeout, Payload{}, protocol.VerbStatus, session)
+	// Status.Error is the state of the session, not a refusal of the call.
+	return answer(m, err, func(*protocol.Status) *protocol.Error { return nil })
+}
+
+func (t *natsTransport) Close() error {
+	t.nc.Close()
+	return nil
+}

@@ -1,0 +1,74 @@
+package device
+
+import "time"
+
+// SyncOptions of one sync.
+type SyncOptions struct {
+	Wait     string         // "" or protocol.WaitMerge: replies come after the merge; protocol.WaitSource: they wait (bounded) for the source's verdict
+	Sets     []string       // only these subscription sets; empty: all, in the server's order
+	Progress func(Progress) // called from the syncing goroutine; nil: nobody looks
+}
+
+// Stages of a session, as Progress tells them.
+const (
+	StageConnect  = "connect"
+	StageUpload   = "upload"
+	StageWait     = "wait"
+	StageDownload = "download"
+	StageApply    = "apply"
+)
+
+// Progress says where a sync is. Total is 0 where it is not known.
+type Progress struct {
+	Set         string
+	Session     int64
+	Stage       string
+	Done, Total int64 // bytes at upload, pages at download, rows at apply
+}
+
+// Report is the outcome of one sync.
+type Report struct {
+	ID       int64         `json:"id,omitempty"` // in the log
+	Started  time.Time     `json:"started"`
+	Duration time.Duration `json:"duration"`
+	Resumed  bool          `json:"resumed,omitempty"` // the sync went on where an earlier one had stopped
+	Forked   bool          `json:"forked,omitempty"`  // the file goes on under a new incarnation (restored copy, or mirror rebuilt)
+	Sets     []SetReport   `json:"sets"`              // one per session
+	Error    string        `json:"error,omitempty"`
+	Totals
+}
+
+// SetReport is the outcome of one session.
+type SetReport struct {
+	Set      string        `json:"set"`
+	Session  string        `json:"session"`
+	Duration time.Duration `json:"duration"`
+	Resumed  bool          `json:"resumed,omitempty"`
+	Refresh  bool          `json:"refresh,omitempty"` // all rows were sent, not only what changed
+	More     bool          `json:"more,omitempty"`    // verdicts on this upload are still open: they come with a later sync
+	Pages    int           `json:"pages"`
+	Totals
+}
+
+// Totals count.
+type Totals struct {
+	Sent      int   `json:"sent"`     // edits uploaded
+	Merged    int   `json:"merged"`   // verdicts told: in the mirror
+	Applied   int   `json:"applied"`  // at the source, final
+	Rejected  int   `json:"rejected"` // refused by merge or source, final
+	Rows      int64 `json:"rows"`     // rows received
+	Deleted   int64 `json:"deleted"`  // rows removed
+	BytesUp   int64 `json:"bytes_up"`
+	BytesDown int64 `json:"bytes_down"`
+}
+
+func (t *Totals) add(o Totals) {
+	t.Sent += o.Sent
+	t.Merged += o.Merged
+	t.Applied += o.Applied
+	t.Rejected += o.Rejected
+	t.Rows += o.Rows
+	t.Deleted += o.Deleted
+	t.BytesUp += o.BytesUp
+	t.BytesDown += o.BytesDown
+}

@@ -1,0 +1,352 @@
+package device
+
+import (
+	"context"
+	"crypto/rand"
+	"database/sql"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// format is the version of the layout of our own tables in the file.
+const format = 1
+
+// Our own tables. They live in the application's file so that they commit together with its rows.
+//
+//	_ws_state     one row: identity, incarnation and number of the last session, the open session, the capture switch
+//	_ws_set       subscription sets, their cursors, and which are done in the running sync
+//	_ws_table     synced tables by wire name; _ws_set_table says how each set defines them
+//	_ws_outbox    frozen requests, kept until every record in them has its final verdict (rule D1)
+//	_ws_record    those records; gone when final
+//	_ws_inbox     pages of the reply that is being fetched
+//	_ws_rejected  the rejected log
+//	_ws_log       a ring of the last syncs
+//
+// For each synced table t also _ws_s_t (one row per dirty row, written by the triggers) and _ws_v_t (one row per row
+// that the server sent: its version).
+const ownTables = `
+CREATE TABLE IF NOT EXISTS _ws_state (
+  one INTEGER PRIMARY KEY CHECK (one = 1),
+  format INTEGER NOT NULL,
+  capture INTEGER NOT NULL DEFAULT 1,
+  incarnation TEXT NOT NULL,
+  n INTEGER NOT NULL DEFAULT 0,
+  open_n INTEGER,
+  epoch TEXT NOT NULL DEFAULT '',
+  running INTEGER NOT NULL DEFAULT 0,
+  generation INTEGER NOT NULL DEFAULT 0,
+  local_rejects INTEGER NOT NULL DEFAULT 0,
+  most_changes INTEGER NOT NULL DEFAULT 0,
+  user TEXT NOT NULL DEFAULT '',
+  device TEXT NOT NULL DEFAULT '',
+  servers TEXT NOT NULL DEFAULT '',
+  seed BLOB
+);
+CREATE TABLE IF NOT EXISTS _ws_set (
+  name TEXT PRIMARY KEY,
+  bit INTEGER NOT NULL UNIQUE,
+  ord INTEGER NOT NULL,
+  cursor TEXT NOT NULL DEFAULT '',
+  hash TEXT NOT NULL DEFAULT '',
+  todo INTEGER NOT NULL DEFAULT 0,
+  gone INTEGER NOT NULL DEFAULT 0,
+  synced_at INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE IF NOT EXISTS _ws_table (
+  wire TEXT PRIMARY KEY,
+  local TEXT NOT NULL UNIQUE,
+  def TEXT NOT NULL,
+  capture TEXT NOT NULL DEFAULT ''
+);
+CREATE TABLE IF NOT EXISTS _ws_set_table (
+  set_name TEXT NOT NULL,
+  wire TEXT NOT NULL,
+  ord INTEGER NOT NULL,
+  def TEXT NOT NULL,
+  PRIMARY KEY (set_name, wire)
+);
+CREATE TABLE IF NOT EXISTS _ws_outbox (
+  incarnation TEXT NOT NULL,
+  n INTEGER NOT NULL,
+  set_name TEXT NOT NULL,
+  nonce TEXT NOT NULL,
+  cursor_from TEXT NOT NULL,
+  content_type TEXT NOT NULL,
+  encoding TEXT NOT NULL,
+  payload BLOB NOT NULL,
+  records INTEGER NOT NULL,
+  resend INTEGER NOT NULL DEFAULT 0,
+  seq INTEGER NOT NULL,
+  created INTEGER NOT NULL,
+  PRIMARY KEY (incarnation, n)
+);
+CREATE TABLE IF NOT EXISTS _ws_record (
+  incarnation TEXT NOT NULL,
+  n INTEGER NOT NULL,
+  idx INTEGER NOT NULL,
+  wire TEXT NOT NULL,
+  state TEXT NOT NULL,
+  PRIMARY KEY (incarnation, n, idx)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS _ws_inbox (
+  page INTEGER PRIMARY KEY,
+  reply TEXT NOT NULL,
+  content_type TEXT NOT NULL,
+  encoding TEXT NOT NULL,
+  verdicts INTEGER NOT NULL,
+  last INTEGER NOT NULL,
+  body BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS _ws_rejected (
+  incarnation TEXT NOT NULL,
+  n INTEGER NOT NULL,
+  idx INTEGER NOT NULL,
+  id INTEGER NOT NULL DEFAULT 0,
+  at INTEGER NOT NULL,
+  set_name TEXT NOT NULL,
+  wire TEXT NOT NULL,
+  local TEXT NOT NULL,
+  op TEXT NOT NULL,
+  key TEXT NOT NULL,
+  base TEXT,
+  sent TEXT,
+  right TEXT,
+  right_version TEXT NOT NULL DEFAULT '',
+  state TEXT NOT NULL,
+  code TEXT NOT NULL,
+  detail TEXT NOT NULL,
+  constraint_name TEXT NOT NULL DEFAULT '',
+  PRIMARY KEY (incarnation, n, idx)
+);
+CREATE TABLE IF NOT EXISTS _ws_log (
+  id INTEGER PRIMARY KEY AUTOINCREMENT,
+  report TEXT NOT NULL
+);`
+
+// state is the row of _ws_state.
+type state struct {
+	Incarnation  string
+	N            int64
+	Open         sql.NullInt64
+	Epoch        string
+	Running      bool
+	MostChanges  int
+	User, Device string
+	Servers      string
+	Seed         []byte
+}
+
+// randomHex gives n random bytes as hex digits.
+func randomHex(n int) string {
+	b := make([]byte, n)
+	_, _ = rand.Read(b) // never fails (crypto/rand)
+	return hex.EncodeToString(b)
+}
+
+// prepare makes our own tables and checks that the file is one that we understand.
+func (d *Device) prepare(ctx context.Context) error {
+	return d.write(ctx, func(t *txn) error {
+		for _, stmt := range strings.Split(ownTables, ";\n") {
+			if strings.TrimSpace(stmt) == "" {
+				continue
+			}
+			if err := t.exec(stmt); err != nil {
+				return err
+			}
+		}
+		if err := t.exec(`INSERT INTO _ws_state (one, format, incarnation) VALUES (1, ?, ?) ON CONFLICT DO NOTHING`, format, randomHex(16)); err != nil {
+			return err
+		}
+		var f int
+		if err := t.get(`SELECT format FROM _ws_state`, nil, &f); err != nil {
+			return err
+		}
+		if f != format {
+			return fmt.Errorf("the file has format %d, this program knows format %d: use the program that wrote it, or newer", f, format)
+		}
+		return selfTest(t)
+	})
+}
+
+func (t *txn) state() (state, error) {
+	var s state
+	err := t.get(`SELECT incarnation, n, open_n, epoch, running, most_changes, user, device, servers, seed FROM _ws_state`, nil,
+		&s.Incarnation, &s.N, &s.Open, &s.Epoch, &s.Running, &s.MostChanges, &s.User, &s.Device, &s.Servers, &s.Seed)
+	return s, err
+}
+
+// txn is one transaction on a connection of its own.
+type txn struct {
+	ctx   context.Context
+	conn  *sql.Conn
+	stmts map[string]*sql.Stmt
+
+	parked map[*table]bool // tables with rows that stepped aside, see put
+}
+
+// write runs fn in one transaction that is durable when write returns nil. The connection has foreign keys off: a
+// reply is the truth whatever order its rows come in, and a parent may lie outside the device's subset. (SQLite
+// ignores that pragma inside a transaction, so it is set before and undone after.)
+func (d *Device) write(ctx context.Context, fn func(*txn) error) error {
+	return d.transact(ctx, "BEGIN IMMEDIATE", fn)
+}
+
+// read runs fn on one consistent snapshot.
+func (d *Device) read(ctx context.Context, fn func(*txn) error) error {
+	return d.transact(ctx, "BEGIN", fn)
+}
+
+func (d *Device) transact(ctx context.Context, begin string, fn func(*txn) error) (err error) {
+	conn, err := d.db.Conn(ctx)
+	if err != nil {
+		return fmt.Errorf("device: %w", err)
+	}
+	t := &txn{ctx: ctx, conn: conn, stmts: map[string]*sql.Stmt{}, parked: map[*table]bool{}}
+	after := context.WithoutCancel(ctx) // what follows must happen even when the caller has gone
+	var fk, sync int
+	known := false
+	defer func() {
+		t.close()
+		if known {
+			_, _ = conn.ExecContext(after, fmt.Sprintf("PRAGMA foreign_keys=%d", fk))
+			_, _ = conn.ExecContext(after, fmt.Sprintf("PRAGMA synchronous=%d", sync))
+		}
+		if cerr := conn.Close(); err == nil && cerr != nil {
+			err = cerr
+		}
+		if err != nil && !strings.HasPrefix(err.Error(), "device: ") {
+			err = fmt.Errorf("device: %w", err)
+		}
+	}()
+	if err := t.get("PRAGMA foreign_keys", nil, &fk); err != nil {
+		return err
+	}
+	if err := t.get("PRAGMA synchronous", nil, &sync); err != nil {
+		return err
+	}
+	known = true
+	for _, p := range []string{"PRAGMA foreign_keys=OFF", "PRAGMA synchronous=FULL", begin} {
+		if _, err := conn.ExecContext(ctx, p); err != nil {
+			return err
+		}
+	}
+	done := false
+	defer func() {
+		if !done {
+			t.close()
+			_, _ = conn.ExecContext(after, "ROLLBACK")
+		}
+	}()
+	if err := fn(t); err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	t.close()
+	if _, err := conn.ExecContext(after, "COMMIT"); err != nil {
+		return err
+	}
+	done = true
+	return nil
+}
+
+func (t *txn) close() {
+	for q, s := range t.stmts {
+		_ = s.Close()
+		delete(t.stmts, q)
+	}
+}
+
+// exec runs a statement that will not come again in this transaction.
+func (t *txn) exec(q string, args ...any) error {
+	_, err := t.conn.ExecContext(t.ctx, q, args...)
+	if err != nil {
+		return fmt.Errorf("%w (in %s)", err, abridged(q))
+	}
+	return nil
+}
+
+func (t *txn) prepared(q string) (*sql.Stmt, error) {
+	if s := t.stmts[q]; s != nil {
+		return s, nil
+	}
+	s, err := t.conn.PrepareContext(t.ctx, q)
+	if err != nil {
+		return nil, fmt.Errorf("%w (in %s)", err, abridged(q))
+	}
+	t.stmts[q] = s
+	return s, nil
+}
+
+// run executes a statement that is kept prepared, and says how many rows it touched.
+func (t *txn) run(q string, args ...any) (int64, error) {
+	s, err := t.prepared(q)
+	if err != nil {
+		return 0, err
+	}
+	res, err := s.ExecContext(t.ctx, args...)
+	if err != nil {
+		return 0, fmt.Errorf("%w (in %s)", err, abridged(q))
+	}
+	return res.RowsAffected()
+}
+
+// get reads one row; sql.ErrNoRows when there is none.
+func (t *txn) get(q string, args []any, into ...any) error {
+	s, err := t.prepared(q)
+	if err != nil {
+		return err
+	}
+	err = s.QueryRowContext(t.ctx, args...).Scan(into...)
+	if err != nil && !errors.Is(err, sql.ErrNoRows) {
+		return fmt.Errorf("%w (in %s)", err, abridged(q))
+	}
+	return err
+}
+
+// each calls fn for every row; scan reads the columns. fn must not use the transaction.
+func (t *txn) each(q string, args []any, fn func(scan func(...any) error) error) error {
+	rows, err := t.conn.QueryContext(t.ctx, q, args...)
+	if err != nil {
+		return fmt.Errorf("%w (in %s)", err, abridged(q))
+	}
+	defer func() { _ = rows.Close() }()
+	for rows.Next() {
+		if err := fn(rows.Scan); err != nil {
+			return err
+		}
+	}
+	return rows.Err()
+}
+
+// values reads n columns of one row as SQLite holds them.
+func (t *txn) values(n int, q string, args ...any) ([]any, bool, error) {
+	vals, into := make([]any, n), make([]any, n)
+	for i := range vals {
+		into[i] = &vals[i]
+	}
+	err := t.get(q, args, into...)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, false, nil
+	}
+	return vals, err == nil, err
+}
+
+func abridged(q string) string {
+	q = strings.Join(strings.Fields(q), " ")
+	if len(q) > 120 {
+		q = q[:120] + "..."
+	}
+	return q
+}
+
+// quote quotes an SQL identifier.
+func quote(name string) string {
+	return `"` + strings.ReplaceAll(strings.ReplaceAll(name, "\x00", ""), `"`, `""`) + `"`
+}
+
+// literal quotes an SQL string.
+func literal(s string) string { return "'" + strings.ReplaceAll(s, "'", "''") + "'" }

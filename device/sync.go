@@ -1,0 +1,245 @@
+package device
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/waystage/waystage/protocol"
+)
+
+// mostSessions bounds the sessions of one sync and set: a server that forks at every session must not hold us for ever.
+const mostSessions = 1000
+
+// Sync brings the file and the server together: one session per subscription set (more where the edits do not fit
+// into one). Cancelled or broken off anywhere, the next Sync goes on with the first unfinished session.
+func (d *Device) Sync(ctx context.Context, o SyncOptions) (rep Report, err error) {
+	if !d.syncing.TryLock() {
+		return rep, fmt.Errorf("device: %w", ErrSyncing)
+	}
+	defer d.syncing.Unlock()
+	rep.Started = time.Now().UTC()
+	defer func() {
+		rep.Duration = time.Since(rep.Started)
+		for _, s := range rep.Sets {
+			rep.add(s.Totals)
+		}
+		if err != nil {
+			rep.Error = err.Error()
+		}
+		if lerr := d.record(context.WithoutCancel(ctx), &rep); lerr != nil && err == nil {
+			err = lerr
+		}
+	}()
+	if o.Progress == nil {
+		o.Progress = func(Progress) {}
+	}
+	if o.Wait != "" && o.Wait != protocol.WaitMerge && o.Wait != protocol.WaitSource {
+		return rep, fmt.Errorf("device: wait %q is neither %q nor %q", o.Wait, protocol.WaitMerge, protocol.WaitSource)
+	}
+	login, err := d.begin(ctx, o, &rep)
+	if err != nil {
+		return rep, err
+	}
+	o.Progress(Progress{Stage: StageConnect})
+	tr, err := d.opts.Dial(ctx, login)
+	if err != nil {
+		return rep, err
+	}
+	defer func() { _ = tr.Close() }()
+	for range mostSessions {
+		sess, err := d.next(ctx, o)
+		if err != nil {
+			return rep, err
+		}
+		if sess == nil {
+			return rep, d.write(ctx, func(t *txn) error { return t.exec(`UPDATE _ws_state SET running = 0`) })
+		}
+		if err := d.session(ctx, tr, sess, o, &rep); err != nil {
+			return rep, err
+		}
+	}
+	return rep, fmt.Errorf("device: %w: %d sessions and no end", ErrReply, mostSessions)
+}
+
+// begin checks the capture and notes which sets are to be synced; a sync that was broken off keeps its list.
+func (d *Device) begin(ctx context.Context, o SyncOptions, rep *Report) (login Login, err error) {
+	err = d.write(ctx, func(t *txn) error {
+		st, err := t.state()
+		if err != nil {
+			return err
+		}
+		if login, err = st.login(); err != nil {
+			return err
+		}
+		c, err := t.load()
+		if err != nil {
+			return err
+		}
+		for _, tab := range c.order {
+			if err := t.verify(tab); err != nil {
+				return err
+			}
+		}
+		for _, name := range o.Sets {
+			if s := c.set(name); s == nil || s.Gone {
+				return fmt.Errorf("no subscription set %q: the user has %v", name, setNames(c))
+			}
+		}
+		rep.Resumed = st.Running || st.Open.Valid
+		for _, s := range c.sets {
+			todo := 1
+			switch {
+			case s.Gone, len(o.Sets) > 0 && !slices.Contains(o.Sets, s.Name):
+				todo = 0
+			case st.Running && s.Todo == 0: // done before the break: again, but only if there is something to send
+				nothing, err := t.nothingFor(c, s)
+				if err != nil {
+					return err
+				}
+				todo = 2
+				if nothing {
+					todo = 0
+				}
+			}
+			if err := t.exec(`UPDATE _ws_set SET todo = ? WHERE name = ?`, todo, s.Name); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return login, err
+}
+
+func setNames(c *catalogue) (names []string) {
+	for _, s := range c.sets {
+		if !s.Gone {
+			names = append(names, s.Name)
+		}
+	}
+	return names
+}
+
+// nothingFor tells that a set has nothing to send.
+func (t *txn) nothingFor(c *catalogue, s *set) (bool, error) {
+	var waiting bool
+	if err := t.get(`SELECT EXISTS (SELECT 1 FROM _ws_outbox WHERE set_name = ? AND resend > 0)`, []any{s.Name}, &waiting); err != nil || waiting {
+		return false, err
+	}
+	for _, m := range s.Tables {
+		if !c.uploads(s, m.Wire) {
+			continue
+		}
+		ids, err := t.unsent(m.table)
+		if err != nil || len(ids) > 0 {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// next is the open session, or a new one for the first set that is not done; nil: all are.
+func (d *Device) next(ctx context.Context, o SyncOptions) (sess *session, err error) {
+	err = d.write(ctx, func(t *txn) error {
+		if sess, err = t.openSession(); err != nil || sess != nil {
+			return err
+		}
+		c, err := t.load()
+		if err != nil {
+			return err
+		}
+		i := -1
+		for todo := 1; todo <= 2 && i < 0; todo++ {
+			i = slices.IndexFunc(c.sets, func(s *set) bool { return s.Todo == todo && !s.Gone })
+		}
+		if i < 0 {
+			return nil
+		}
+		st, err := t.state()
+		if err != nil {
+			return err
+		}
+		var more bool
+		if sess, more, err = d.freeze(t, c, st, c.sets[i], o.Wait); err != nil {
+			return err
+		}
+		sess.more = more
+		return t.exec(`UPDATE _ws_state SET running = 1`)
+	})
+	return sess, err
+}
+
+// session brings one frozen session to its end: applied, or refused as a whole.
+func (d *Device) session(ctx context.Context, tr Transport, sess *session, o SyncOptions, rep *Report) error {
+	start := time.Now()
+	sr := SetReport{Set: sess.Set, Session: sess.token(), Resumed: sess.resumed, Totals: Totals{Sent: sess.Records}}
+	defer func() {
+		sr.Duration = time.Since(start)
+		rep.Sets = append(rep.Sets, sr)
+	}()
+	p := func(stage string, done, total int64) {
+		o.Progress(Progress{Set: sess.Set, Session: sess.N, Stage: stage, Done: done, Total: total})
+	}
+	ex := &exchange{d: d, tr: tr, sess: sess, rep: &sr, progress: p}
+	refusal, err := ex.run(ctx)
+	if err != nil {
+		return err
+	}
+	if refusal != nil {
+		again, err := d.refused(ctx, sess, refusal)
+		if err != nil {
+			return err
+		}
+		d.ack(ctx, tr, sess)
+		if !again {
+			return explain("session "+sess.token(), refusal)
+		}
+		rep.Forked = rep.Forked || refusal.Code == protocol.CodeForked || refusal.Code == protocol.CodeEpoch
+		return nil
+	}
+	p(StageApply, 0, 0)
+	applied := sr
+	err = d.write(ctx, func(t *txn) error {
+		return d.apply(t, sess, &applied, func(done, total int64) { p(StageApply, done, total) })
+	})
+	switch {
+	case errors.Is(err, errNotOurs):
+		// Another process has applied it, or has put its pages in disorder: look again.
+		return d.write(ctx, func(t *txn) error { return t.exec(`DELETE FROM _ws_inbox`) })
+	case errors.Is(err, errOtherEpoch):
+		rep.Forked = true
+		_, err = d.refused(ctx, sess, &protocol.Error{Code: protocol.CodeEpoch})
+		return err
+	case err != nil:
+		return err
+	}
+	sr = applied
+	d.ack(ctx, tr, sess)
+	return nil
+}
+
+// ack tells the server that the pages are not needed any more. A failure costs the server some room until they expire.
+func (d *Device) ack(ctx context.Context, tr Transport, sess *session) {
+	if err := tr.Ack(ctx, sess.token()); err != nil {
+		d.log.Debug("pages not acknowledged", zap.String("session", sess.token()), zap.Error(err))
+	}
+}
+
+// record writes the log of syncs.
+func (d *Device) record(ctx context.Context, rep *Report) error {
+	return d.write(ctx, func(t *txn) error {
+		text, err := json.Marshal(rep)
+		if err != nil {
+			return err
+		}
+		if err := t.get(`INSERT INTO _ws_log (report) VALUES (?) RETURNING id`, []any{string(text)}, &rep.ID); err != nil {
+			return err
+		}
+		return t.exec(`DELETE FROM _ws_log WHERE id <= ?`, rep.ID-int64(d.opts.KeepLog))
+	})
+}

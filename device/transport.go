@@ -1,0 +1,39 @@
+package device
+
+import (
+	"context"
+
+	"github.com/waystage/waystage/protocol"
+)
+
+// Transport carries the calls of docs/protocol.md section 3 between a device and a server. A refusal by the server is
+// a *protocol.Error; every other error is one of transport, and the call may have had its effect or not.
+// Dial makes one; its user is Device, one call at a time.
+type Transport interface {
+	Enrol(ctx context.Context, e protocol.Enrolment) (protocol.Enrolled, error)
+	Put(ctx context.Context, session, part string, p Payload) (protocol.Receipt, error)
+	// Get returns one page; the server may hold the call for some seconds while the page does not exist.
+	Get(ctx context.Context, session string, page int) (Payload, error)
+	Ack(ctx context.Context, session string) error
+	Status(ctx context.Context, session string) (protocol.Status, error)
+	Close() error
+}
+
+// Payload is the bytes of a request (or a part of it) or of a page, with the headers that say how to read them.
+type Payload struct {
+	ContentType string
+	Encoding    string
+	Data        []byte
+}
+
+// Login is what a connection is made with: the password once, at enrolment, and the device's key ever after.
+type Login struct {
+	Servers  []string
+	User     string
+	Device   string
+	Password string
+	Seed     []byte // NKEY seed of type user; nil: log in with the password
+}
+
+// Dialer connects. DialNATS is the usual one.
+type Dialer func(ctx context.Context, l Login) (Transport, error)
