@@ -7,7 +7,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nkeys"
 
 	"github.com/waystage/waystage/protocol"
@@ -87,6 +86,8 @@ func (s *Secrets) password(user string) string {
 	return ""
 }
 
+const printable = "!#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[]^_`abcdefghijklmnopqrstuvwxyz{|}~"
+
 // keys are the key pairs of the seeds.
 type keys struct {
 	issuer, seal             nkeys.KeyPair
@@ -99,6 +100,11 @@ func (s *Secrets) keys() (k keys, err error) {
 	}
 	if k.issuerPublic, err = k.issuer.PublicKey(); err != nil || !nkeys.IsValidPublicAccountKey(k.issuerPublic) {
 		return k, fmt.Errorf("queue: the issuer seed is not that of an account NKEY (it must begin with SA)")
+	}
+	for _, u := range staticUsers {
+		if p := s.password(u.user); p == "" || strings.ContainsAny(p, "\"\\") || strings.Trim(p, printable) != "" {
+			return k, fmt.Errorf("queue: the password of user %q is empty, or has characters that a NATS configuration cannot hold: use letters and digits", u.user)
+		}
 	}
 	if k.seal, err = nkeys.FromCurveSeed([]byte(s.SealSeed)); err != nil {
 		return k, fmt.Errorf("queue: sealing seed: %w", err)
@@ -152,16 +158,6 @@ const (
 	authTimeout = 5 * time.Second // of a login, at the broker
 )
 
-func subjects(allow []string) *server.SubjectPermission {
-	switch {
-	case allow == nil:
-		return nil
-	case len(allow) == 0:
-		return &server.SubjectPermission{Deny: []string{">"}}
-	}
-	return &server.SubjectPermission{Allow: allow}
-}
-
 // ServerConfigOptions are the parts of [ServerConfig] that depend on where the server runs.
 type ServerConfigOptions struct {
 	Name      string // server_name; unique in a cluster
@@ -212,7 +208,7 @@ func ServerConfig(s Secrets, o ServerConfigOptions) (string, error) {
 	tls := ""
 	if o.CertFile != "" {
 		tls = fmt.Sprintf("tls { cert_file: %q, key_file: %q }", o.CertFile, o.KeyFile)
-		p(tls)
+		p("%s", tls)
 	}
 	if o.Websocket > 0 {
 		if tls == "" {
@@ -229,6 +225,15 @@ func ServerConfig(s Secrets, o ServerConfigOptions) (string, error) {
 	if o.Cluster != "" {
 		p("cluster { name: %q, listen: %q, routes: [%s] }", o.Cluster, o.Listen, quoted(o.Routes))
 	}
+	b.WriteString(accountsText(s, k, noncePublic))
+	return b.String(), nil
+}
+
+// accountsText is the part of a configuration that the embedded server has too. nonce is a public key that makes the
+// server send nonces, empty where an option does that.
+func accountsText(s Secrets, k keys, noncePublic string) string {
+	var b strings.Builder
+	p := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
 	p("accounts {")
 	for _, account := range []string{accountAuth, accountApp, accountDevices, accountSys} {
 		p("  %s {", account)
@@ -241,7 +246,7 @@ func ServerConfig(s Secrets, o ServerConfigOptions) (string, error) {
 				p("      { user: %q, password: %s%s }", u.user, secret(s.password(u.user)), permissionText(u))
 			}
 		}
-		if account == accountAuth {
+		if account == accountAuth && noncePublic != "" {
 			p("      # Nobody has this key. The server sends the nonce that devices sign only if it knows of a key at all.")
 			p("      { nkey: %s, permissions { publish { deny: \">\" }, subscribe { deny: \">\" } } }", noncePublic)
 		}
@@ -259,7 +264,7 @@ func ServerConfig(s Secrets, o ServerConfigOptions) (string, error) {
 	p("    auth_users: [%s]", quoted(staticNames()))
 	p("  }")
 	p("}")
-	return b.String(), nil
+	return b.String()
 }
 
 func permissionText(g grant) string {

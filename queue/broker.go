@@ -35,8 +35,9 @@ func (b *Broker) connect(ctx context.Context, user string, log *zap.Logger, reco
 		nats.Name("waystage " + user),
 		nats.UserInfo(user, b.secrets().password(user)),
 		nats.MaxReconnects(-1),
-		nats.ReconnectWait(200 * time.Millisecond),
-		nats.ReconnectJitter(300*time.Millisecond, 500*time.Millisecond),
+		// Quick, before the devices: while the callout is away, the broker lets each login wait in vain.
+		nats.ReconnectWait(50 * time.Millisecond),
+		nats.ReconnectJitter(100*time.Millisecond, 300*time.Millisecond),
 		nats.IgnoreAuthErrorAbort(), // a server that restarts with other passwords may get the right ones back
 		nats.PingInterval(20 * time.Second),
 		nats.Timeout(5 * time.Second),

@@ -80,6 +80,8 @@ func (q *Queue) ResetChanges(ctx context.Context, direction string) error {
 
 // PurgeChanges removes what the applier has durably applied: every message up to and including stream sequence upto.
 func (q *Queue) PurgeChanges(ctx context.Context, direction string, upto uint64) error {
+	ctx, cancel := bounded(ctx)
+	defer cancel()
 	stream, _, err := changeStream(direction)
 	if err != nil {
 		return err
@@ -165,13 +167,14 @@ func (w *changeWriter) run() {
 			}
 		case ack := <-stored:
 			head := w.pending[0]
-			if ack.Sequence != head.at {
+			if head.future = nil; ack.Sequence != head.at {
 				w.recover(ctx, ErrRunBroken)
 				continue
 			}
 			w.pending = w.pending[1:]
 			w.finish(head, nil)
 		case err := <-failed:
+			w.pending[0].future = nil // its answer is taken
 			w.recover(ctx, err)
 		}
 	}
@@ -199,7 +202,7 @@ func (w *changeWriter) send(ctx context.Context, e *changeEntry) {
 }
 
 func (w *changeWriter) lastSequence(ctx context.Context) (uint64, error) {
-	ctx, cancel := context.WithTimeout(ctx, publishTimeout)
+	ctx, cancel := bounded(ctx)
 	defer cancel()
 	s, err := w.q.js.Stream(ctx, w.stream)
 	if err != nil {
@@ -290,7 +293,7 @@ func (w *changeWriter) again(ctx context.Context, e *changeEntry) error {
 		e.at = w.last
 		e.msg.Header.Set(nats.ExpectedLastSeqHdr, strconv.FormatUint(e.at-1, 10))
 	}
-	ctx, cancel := context.WithTimeout(ctx, publishTimeout)
+	ctx, cancel := bounded(ctx)
 	defer cancel()
 	ack, err := w.q.cd.PublishMsg(ctx, e.msg, jetstream.WithRetryAttempts(0))
 	if err == nil {
@@ -325,7 +328,7 @@ func (w *changeWriter) reset(ctx context.Context) error {
 		w.finish(e, ErrRunBroken)
 	}
 	w.pending = nil
-	ctx, cancel := context.WithTimeout(ctx, publishTimeout)
+	ctx, cancel := bounded(ctx)
 	defer cancel()
 	s, err := w.q.js.Stream(ctx, w.stream)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {

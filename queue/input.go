@@ -131,7 +131,9 @@ func (q *Queue) parsePart(subject string, h nats.Header, data []byte) (*Part, er
 // queue yet. Parts of one series may have been delivered to different workers: whoever finds the series complete may take
 // all of it. Acknowledging a looked up part removes it from the queue, also from under another worker.
 func (p *Part) Series(ctx context.Context) ([]*Part, error) {
-	s, err := p.q.js.Stream(ctx, StreamIn)
+	first, cancel := bounded(ctx)
+	s, err := p.q.js.Stream(first, StreamIn)
+	cancel()
 	if err != nil {
 		return nil, fmt.Errorf("queue: look up series: %w", err)
 	}
@@ -141,7 +143,9 @@ func (p *Part) Series(ctx context.Context) ([]*Part, error) {
 			all[i] = p
 			continue
 		}
-		m, err := s.GetLastMsgForSubject(ctx, inSubject(p.User, p.Device, p.Session, protocol.PartToken(i+1, p.Total)))
+		one, cancel := bounded(ctx)
+		m, err := s.GetLastMsgForSubject(one, inSubject(p.User, p.Device, p.Session, protocol.PartToken(i+1, p.Total)))
+		cancel()
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
 			continue
 		}
@@ -158,6 +162,8 @@ func (p *Part) Series(ctx context.Context) ([]*Part, error) {
 
 // Ack removes the part from the queue and waits until the queue has confirmed it. Call it after the database commit.
 func (p *Part) Ack(ctx context.Context) error {
+	ctx, cancel := bounded(ctx)
+	defer cancel()
 	var err error
 	if p.msg == nil {
 		err = p.remove(ctx)
@@ -228,6 +234,8 @@ func (p *Part) InProgress() error {
 
 // DeadLetter puts a copy with the reason aside, for the operator, and then removes the part from the input.
 func (p *Part) DeadLetter(ctx context.Context, reason string) error {
+	ctx, cancel := bounded(ctx)
+	defer cancel()
 	subject := "sync.dlq.unreadable"
 	if p.User != "" {
 		subject = "sync.dlq." + p.name()

@@ -86,17 +86,22 @@ func (p *people) block(who string) {
 
 // bench is a whole queue: server, streams, callout, gateway.
 type bench struct {
-	t      testing.TB
-	server *queue.Server
-	q      *queue.Queue
-	people *people
-	gw     *queue.Gateway
-	status queue.StatusSource
-	dir    string
-	cfg    queue.Config
-	gwcfg  queue.GatewayConfig
-	stop   func()
+	t       testing.TB
+	server  *queue.Server
+	q       *queue.Queue
+	people  *people
+	gw      *queue.Gateway
+	status  queue.StatusSource
+	dir     string
+	options queue.ServerOptions
+	cfg     queue.Config
+	gwcfg   queue.GatewayConfig
+	stop    func()
+	tcp     bool
 }
+
+// overTCP makes a bench whose server can be restarted.
+func overTCP(b *bench) { b.tcp = true }
 
 func start(t testing.TB, changes ...func(*bench)) *bench {
 	t.Helper()
@@ -109,12 +114,21 @@ func start(t testing.TB, changes ...func(*bench)) *bench {
 	}
 	var err error
 	if b.cfg.Broker.URLs == nil {
-		b.server, err = queue.StartServer(queue.ServerOptions{StoreDir: b.dir, Websocket: true}, quiet(t))
+		b.options.StoreDir, b.options.Websocket = b.dir, true
+		b.server, err = queue.StartServer(b.options, quiet(t))
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { b.server.Shutdown() })
-		b.cfg.Broker.Embedded = b.server
+		t.Cleanup(b.server.Shutdown)
+		if b.tcp { // as if the server were another process
+			b.options.Secrets = b.server.Secrets()
+			if _, err := fmt.Sscanf(b.server.URL(), "nats://127.0.0.1:%d", &b.options.Port); err != nil {
+				t.Fatal(err)
+			}
+			b.cfg.Broker = queue.Broker{URLs: []string{b.server.URL()}, Secrets: b.options.Secrets}
+		} else {
+			b.cfg.Broker.Embedded = b.server
+		}
 	}
 	b.serve()
 	t.Cleanup(func() { b.stop() })

@@ -16,6 +16,8 @@ import (
 
 // PutPage stores one page of a reply, encoded, and returns when the queue has it. A page that is there is replaced.
 func (q *Queue) PutPage(ctx context.Context, user, device, session string, page int, contentType, encoding string, data []byte) error {
+	ctx, cancel := bounded(ctx)
+	defer cancel()
 	if err := checkNames(user, device, session); err != nil {
 		return err
 	}
@@ -64,6 +66,8 @@ func (q *Queue) Waiting(ctx context.Context, user, device, session string) (int,
 }
 
 func (q *Queue) count(ctx context.Context, stream, filter string) (int, error) {
+	ctx, cancel := bounded(ctx)
+	defer cancel()
 	s, err := q.js.Stream(ctx, stream)
 	if err != nil {
 		return 0, fmt.Errorf("queue: count %s: %w", filter, err)
@@ -77,6 +81,8 @@ func (q *Queue) count(ctx context.Context, stream, filter string) (int, error) {
 
 // PurgePages removes a reply.
 func (q *Queue) PurgePages(ctx context.Context, user, device, session string) error {
+	ctx, cancel := bounded(ctx)
+	defer cancel()
 	if err := checkNames(user, device, session); err != nil {
 		return err
 	}

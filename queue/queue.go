@@ -109,7 +109,10 @@ func (q *Queue) open(ctx context.Context) (err error) {
 		return err
 	}
 	for {
-		if err = q.ensure(ctx); err == nil {
+		try, cancel := bounded(ctx) // a cluster that has no leader yet does not answer at all
+		err = q.ensure(try)
+		cancel()
+		if err == nil {
 			break
 		}
 		var api *jetstream.APIError
@@ -171,7 +174,7 @@ func (q *Queue) heal(err error) {
 	}
 	go func() {
 		defer q.wg.Done()
-		ctx, cancel := context.WithTimeout(q.ctx, 10*time.Second)
+		ctx, cancel := bounded(q.ctx)
 		defer cancel()
 		if err := q.ensure(ctx); err != nil && q.ctx.Err() == nil {
 			q.log.Warn("the streams cannot be looked after; trying again", zap.Error(err))
@@ -196,6 +199,11 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	case <-ctx.Done():
 		return false
 	}
+}
+
+// bounded gives one exchange with the broker a limit: an answer that was lost does not come later.
+func bounded(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, callTimeout)
 }
 
 // tasks are goroutines that are waited for; none starts once that has begun.

@@ -17,7 +17,7 @@ const (
 	readAheadBytes    = 16 << 20
 
 	// While nothing comes, the reader looks this often whether the stream is still the one that it reads.
-	readerCheck = 2 * time.Second
+	readerCheck = time.Second
 )
 
 // ChangeReader reads one direction's change data in order. It is for one goroutine.
@@ -110,7 +110,7 @@ func (r *ChangeReader) next(ctx context.Context) (jetstream.Msg, error) {
 
 // check finds out whether the stream is still the one that was read so far, and has a consumer of ours.
 func (r *ChangeReader) check(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := bounded(ctx)
 	defer cancel()
 	s, err := r.q.js.Stream(ctx, r.stream)
 	if err != nil {
@@ -133,7 +133,7 @@ func (r *ChangeReader) open(ctx context.Context) error {
 	if err := r.check(ctx); err != nil {
 		return err
 	}
-	make, cancel := context.WithTimeout(ctx, 5*time.Second)
+	make, cancel := bounded(ctx)
 	defer cancel()
 	cons, err := r.q.js.CreateConsumer(make, r.stream, jetstream.ConsumerConfig{
 		Description: "reader of change data", DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: r.last + 1,

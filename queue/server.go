@@ -46,7 +46,7 @@ func StartServer(o ServerOptions, log *zap.Logger) (*Server, error) {
 			return nil, err
 		}
 	}
-	opts, accounts, err := options(o)
+	opts, err := options(o)
 	if err != nil {
 		return nil, err
 	}
@@ -61,39 +61,31 @@ func StartServer(o ServerOptions, log *zap.Logger) (*Server, error) {
 		s.Shutdown()
 		return nil, fmt.Errorf("queue: the embedded server does not take connections on %s:%d; is the port in use?", opts.Host, opts.Port)
 	}
-	// With accounts of our own JetStream is off in each until it is enabled; nil: limited by the store only.
-	app, err := srv.LookupAccount(accounts[accountApp].Name)
-	if err == nil {
-		err = app.EnableJetStream(nil, nil)
-	}
-	if err != nil {
-		s.Shutdown()
-		return nil, fmt.Errorf("queue: enable JetStream: %w", err)
-	}
 	return s, nil
 }
 
-func options(o ServerOptions) (*server.Options, map[string]*server.Account, error) {
+func options(o ServerOptions) (*server.Options, error) {
 	k, err := o.Secrets.keys()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	set(&o.Name, "waystage")
 	set(&o.Host, "127.0.0.1")
 	set(&o.Port, server.RANDOM_PORT)
 	set(&o.WebsocketPort, server.RANDOM_PORT)
-	opts := &server.Options{
-		ServerName: o.Name, Host: o.Host, Port: o.Port, NoSigs: true,
-		JetStream: true, StoreDir: o.StoreDir, JetStreamMaxStore: o.MaxStore, SyncAlways: o.SyncAlways,
-		MaxPayload: maxPayload, SystemAccount: accountSys,
-		AuthTimeout: authTimeout.Seconds(),
-		// The first ping of the server comes after two seconds even to a client that is still logging in, which then
-		// gives up: many devices that come back at once must not be turned away for that.
-		DisableShortFirstPing: true,
-		// Devices log in by signing the server's nonce; the callout checks it.
-		AlwaysEnableNonce: true,
-		AuthCallout:       &server.AuthCallout{Issuer: k.issuerPublic, Account: accountAuth, XKey: k.sealPublic, AuthUsers: staticNames()},
+	opts := &server.Options{}
+	// As text, because only so JetStream is on in its account before the first client comes.
+	if err := opts.ProcessConfigString(accountsText(o.Secrets, k, "")); err != nil {
+		return nil, fmt.Errorf("queue: configuration of the embedded server: %w", err)
 	}
+	opts.ServerName, opts.Host, opts.Port, opts.NoSigs = o.Name, o.Host, o.Port, true
+	opts.JetStream, opts.StoreDir, opts.JetStreamMaxStore, opts.SyncAlways = true, o.StoreDir, o.MaxStore, o.SyncAlways
+	opts.MaxPayload = maxPayload
+	// The first ping of the server comes after two seconds even to a client that is still logging in, which then gives
+	// up: many devices that come back at once must not be turned away for that.
+	opts.DisableShortFirstPing = true
+	// Devices log in by signing the server's nonce; the callout checks it.
+	opts.AlwaysEnableNonce = true
 	if o.TLS != nil {
 		opts.TLS, opts.TLSConfig, opts.TLSTimeout = true, o.TLS, 5
 	}
@@ -103,19 +95,7 @@ func options(o ServerOptions) (*server.Options, map[string]*server.Account, erro
 			Compression: true, HandshakeTimeout: 5 * time.Second,
 		}
 	}
-	accounts := map[string]*server.Account{}
-	for _, name := range []string{accountAuth, accountApp, accountDevices, accountSys} {
-		accounts[name] = server.NewAccount(name)
-		opts.Accounts = append(opts.Accounts, accounts[name])
-	}
-	for _, u := range staticUsers {
-		user := &server.User{Username: u.user, Password: o.Secrets.password(u.user), Account: accounts[u.account]}
-		if u.pub != nil || u.sub != nil {
-			user.Permissions = &server.Permissions{Publish: subjects(u.pub), Subscribe: subjects(u.sub)}
-		}
-		opts.Users = append(opts.Users, user)
-	}
-	return opts, accounts, nil
+	return opts, nil
 }
 
 // URL is where devices connect.

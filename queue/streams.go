@@ -29,7 +29,8 @@ var directions = []string{Down, Up}
 
 const (
 	intakeConsumer = "intake"
-	publishTimeout = 10 * time.Second // a publish whose answer was lost fails then
+	publishTimeout = 10 * time.Second // an asynchronous publish whose answer was lost fails then
+	callTimeout    = 5 * time.Second  // and any other call
 
 	// dedupe is how long the input recognises a part that was sent twice. It only has to cover a retry after a lost
 	// receipt, and must be short: a device that asks again for a reply that has expired sends the same bytes.
@@ -151,6 +152,8 @@ type StreamDepth struct {
 // Depth asks the broker for the figures, for metrics.
 func (q *Queue) Depth(ctx context.Context) (Depth, error) {
 	var d Depth
+	ctx, cancel := bounded(ctx)
+	defer cancel()
 	for name, into := range map[string]*StreamDepth{StreamIn: &d.Input, StreamOut: &d.Output, StreamDead: &d.Dead, StreamDown: &d.Down, StreamUp: &d.Up} {
 		s, err := q.js.Stream(ctx, name)
 		if err != nil {
