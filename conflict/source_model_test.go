@@ -1,0 +1,583 @@
+package conflict
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// The model of model_test.go with what goes wrong in life: the up worker dies at any point, its memory is lost and another
+// begins; or it is only thought dead, and goes on beside the other; down is given a transaction again; foreign
+// transactions delete a key and use it again; the source has a foreign key from key 1 (child) to key 0 (parent), which the
+// mirror has not; several records travel in one source transaction.
+//
+// A new up worker takes a token at the mirror, moves the source's progress counter, waits until down has passed that
+// moment, looks whether the token is still its own, and begins with the first record, skipping what has its verdict. Every
+// source transaction of a worker demands its counter, every refusal that it writes to the mirror its token. A failed compare-and-set waits until down has passed the
+// moment of the failure, not until nothing is under way.
+//
+// Checked in every state: no record is applied twice, or both applied and refused; no record overwrites a foreign image that its
+// author had not seen; no record is refused without a cause. Where nothing moves by itself any more: mirror == source, and
+// nothing is pending.
+
+const (
+	parent int8 = 0
+	child  int8 = 1
+)
+
+// sRules are the rules that can be broken; the zero value is the product's.
+type sRules struct {
+	noBarrier      bool // a new up worker does not wait for down
+	noCounter      bool // source transactions demand no counter
+	noToken        bool // refusals demand no token
+	noRecheck      bool // a new up worker does not look at its token again once it has moved the counter
+	replays        bool // down applies a transaction that it has applied before
+	impatient      bool // a failed compare-and-set is decided at once
+	lastWriter     bool // base's writer is who wrote last: a foreign one does not stay
+	expectsLater   bool // a rebased record expects base as it is when it is tried
+	ignoresPending bool // R2: down writes the mirror row although changes are pending
+	unsorted       bool // parent's deletes come before the child's
+}
+
+type sScope struct {
+	name          string
+	start         [2]int8
+	sessions, fwr int8
+	pairs         bool // sessions may have a record of each key
+	values        []int8
+	lawful        bool // devices keep the foreign key in what they see
+	restarts      int8 // up workers that die, or are thought dead
+	reuse         bool // foreign transactions may delete a key and insert it again
+	trigger       bool // the source answers a write of the parent by bumping the child
+	foreignKey    bool
+	refuses       bool // the source may refuse any record
+	finds         string
+	sRules
+}
+
+// sChange is one record, as merge kept it.
+type sChange struct {
+	key      int8
+	old, new int8
+	seen     int8 // foreign writes of the key that the mirror row held
+}
+
+// sEvent is one transaction of the source's log.
+type sEvent struct {
+	own  uint8 // records that it carries, a bit each; 0: foreign
+	n    int8
+	keys [4]int8
+	vals [4]int8
+	fw   [4]int8
+}
+
+type sPhase uint8
+
+const (
+	dead     sPhase = iota
+	taking          // has its token, not yet its counter
+	starting        // waits for down
+	running
+	missed   // a compare-and-set failed: waits for down
+	refusing // the source refused the record, the mirror does not know yet
+)
+
+type sWorker struct {
+	phase          sPhase
+	next           int8 // records before it are done with
+	wait           int8 // transactions that down must take first
+	rebases        int8
+	expect         int8 // base when the rebasing was decided
+	expectSeen     int8 // foreign writes that it held
+	counter, token int8
+}
+
+type sState struct {
+	mirror, source   [2]int8
+	changes          [4]sChange
+	merged           int8
+	locals, foreigns int8
+	restarts         int8
+	log              [6]sEvent
+	logLen           int8
+	last             sEvent // kept only where down may replay it
+	pending          [2]uint8
+	base             [2]mBase
+	refused, applied uint8
+	writes, seen     [2]int8
+	counter, token   int8
+	up               [2]sWorker // the second is a zombie
+	bad              uint8
+}
+
+var sBad = []string{"", "DOUBLE: a record was applied twice", "TWO VERDICTS: a record was applied and refused",
+	"OVERWRITE: a record replaced a foreign image that its author had not seen", "FALSE REFUSAL: nothing stood against the record"}
+
+const (
+	bDouble uint8 = 1 + iota
+	bTwo
+	bOverwrite
+	bFalse
+)
+
+func (s *sState) fail(b uint8) {
+	if s.bad == 0 {
+		s.bad = b
+	}
+}
+
+func (s *sState) isPending(rec int8) bool { return s.pending[s.changes[rec-1].key]&(1<<rec) != 0 }
+
+// breaks says that the source's foreign key forbids a write.
+func (sc *sScope) breaks(rows [2]int8, key, val int8) bool {
+	return sc.foreignKey && (key == child && val != absent && rows[parent] == absent || key == parent && val == absent && rows[child] != absent)
+}
+
+// write does one write at the source, with its trigger, as a part of e.
+func (sc *sScope) write(s *sState, e *sEvent, key, val int8) {
+	add := func(k, v int8) {
+		if e.own == 0 {
+			s.writes[k]++
+		}
+		s.source[k] = v
+		e.keys[e.n], e.vals[e.n], e.fw[e.n] = k, v, s.writes[k]
+		e.n++
+	}
+	add(key, val)
+	if sc.trigger && key == parent && bump(s.source[child]) != s.source[child] {
+		add(child, bump(s.source[child]))
+	}
+}
+
+func (s *sState) commit(e sEvent) {
+	s.log[s.logLen] = e
+	s.logLen++
+}
+
+type sStep struct {
+	what string
+	self bool // happens without users and accidents
+	to   sState
+}
+
+func (sc *sScope) next(s sState) (out []sStep) {
+	step := func(self bool, to sState, what string, args ...any) {
+		if len(args) > 0 {
+			what = fmt.Sprintf(what, args...)
+		}
+		out = append(out, sStep{what, self, to})
+	}
+	sc.users(s, func(to sState, what string, args ...any) { step(false, to, what, args...) })
+	for i := range s.up {
+		who := [2]string{"up", "zombie"}[i]
+		sc.worker(s, i, func(to sState, what string, args ...any) { step(true, to, who+" "+what, args...) })
+	}
+	if s.restarts < sc.restarts && s.up[1].phase == dead { // one more worker; the old one is dead, or a zombie
+		t := s
+		t.restarts++
+		t.token++
+		t.up[0] = sWorker{phase: taking, token: t.token}
+		step(false, t, "up dies, another begins")
+		t.up[1] = s.up[0]
+		step(false, t, "up is thought dead, another begins")
+	}
+	if s.logLen > 0 {
+		t := s
+		e := t.log[0]
+		copy(t.log[:], s.log[1:])
+		t.log[len(t.log)-1] = sEvent{}
+		t.logLen--
+		for i := range t.up {
+			t.up[i].wait = max(0, t.up[i].wait-1)
+		}
+		if sc.replays {
+			t.last = e
+		}
+		sc.down(&t, e)
+		step(true, t, "down takes %v", e)
+	}
+	if s.last.n > 0 { // only a broken down does not skip it by its position
+		t := s
+		t.last = sEvent{}
+		sc.down(&t, s.last)
+		step(false, t, "down crashes and takes again %v", s.last)
+	}
+	return out
+}
+
+func (e sEvent) String() string {
+	s := "foreign"
+	if e.own != 0 {
+		s = "own"
+	}
+	for i := range e.n {
+		s += fmt.Sprintf(" key%d=%d", e.keys[i], e.vals[i])
+	}
+	return s
+}
+
+// users are device sessions, merged at once, and foreign transactions.
+func (sc *sScope) users(s sState, step func(to sState, what string, args ...any)) {
+	merge := func(what string, recs ...[2]int8) {
+		t := s
+		t.locals++
+		for _, r := range recs {
+			if sc.lawful && sc.breaks(t.mirror, r[0], r[1]) {
+				return
+			}
+			if t.merged == int8(len(t.changes)) || r[1] == t.mirror[r[0]] {
+				return
+			}
+			t.merged++
+			k := r[0]
+			t.changes[t.merged-1] = sChange{k, t.mirror[k], r[1], t.seen[k]}
+			if !t.base[k].has {
+				t.base[k] = mBase{true, t.mirror[k], t.seen[k], Initial}
+			}
+			t.pending[k] |= 1 << t.merged
+			t.mirror[k] = r[1]
+		}
+		if sc.unsorted && len(recs) == 2 && recs[1][1] == absent { // as merge meets the tables: the parent's first
+			c := t.changes
+			t.changes[t.merged-1], t.changes[t.merged-2] = c[t.merged-2], c[t.merged-1]
+			a, b := uint8(1)<<t.merged, uint8(1)<<(t.merged-1)
+			t.pending[recs[0][0]] ^= a | b
+			t.pending[recs[1][0]] ^= a | b
+		}
+		step(t, what)
+	}
+	if s.locals < sc.sessions {
+		for _, val := range sc.values {
+			for key := range int8(2) {
+				merge(fmt.Sprintf("device key%d=%d", key, val), [2]int8{key, val})
+			}
+			if !sc.pairs {
+				continue
+			}
+			if val == absent {
+				merge("device deletes child and parent", [2]int8{child, val}, [2]int8{parent, val})
+			} else {
+				merge(fmt.Sprintf("device key0=%d,key1=%[1]d", val), [2]int8{parent, val}, [2]int8{child, val})
+			}
+		}
+	}
+	if s.foreigns >= sc.fwr || int(s.logLen) == len(s.log) {
+		return
+	}
+	foreign := func(what string, key int8, vals ...int8) {
+		t := s
+		t.foreigns++
+		var e sEvent
+		for _, v := range vals {
+			if sc.breaks(t.source, key, v) {
+				return
+			}
+			sc.write(&t, &e, key, v)
+		}
+		t.commit(e)
+		step(t, what)
+	}
+	for key := range int8(2) {
+		for _, val := range []int8{5, absent} {
+			if val != s.source[key] {
+				foreign(fmt.Sprintf("foreign key%d=%d", key, val), key, val)
+			}
+		}
+		if sc.reuse && s.source[key] != absent {
+			foreign(fmt.Sprintf("foreign re-uses key%d", key), key, absent, 5)
+			foreign(fmt.Sprintf("foreign deletes key%d and inserts what it was at first", key), key, absent, sc.start[key])
+		}
+	}
+}
+
+// worker is what an up worker may do.
+func (sc *sScope) worker(s sState, i int, step func(to sState, what string, args ...any)) {
+	w := s.up[i]
+	rec := w.next + 1
+	t := s
+	me := &t.up[i]
+	if w.phase == dead {
+		return
+	}
+	stop := func(why string) {
+		t := s
+		t.up[i] = sWorker{}
+		if i == 0 { // it is the elected one, so it begins again; a zombie does not
+			t.token++
+			t.up[0] = sWorker{phase: taking, token: t.token}
+		}
+		step(t, "finds %s and stops", why)
+	}
+	if w.phase == taking {
+		t.counter++
+		me.counter, me.phase, me.wait = t.counter, starting, s.logLen
+		if sc.noBarrier {
+			me.wait = 0
+		}
+		step(t, "moves the counter")
+		return
+	}
+	if w.phase == starting {
+		if w.token != s.token && !sc.noRecheck {
+			stop("another token")
+		} else if w.wait == 0 {
+			me.phase = running
+			step(t, "begins")
+		}
+		return
+	}
+	if rec > s.merged {
+		if i == 1 { // nothing left to do, and nothing will be asked of it
+			t.up[1] = sWorker{}
+			step(t, "ends")
+		}
+		return
+	}
+	c := s.changes[rec-1]
+	if w.phase == refusing || w.phase == missed {
+		if w.phase == missed && w.wait > 0 && !sc.impatient {
+			return
+		}
+		if w.token != s.token && !sc.noToken {
+			stop("another token")
+			return
+		}
+		if !s.isPending(rec) {
+			me.next, me.phase, me.rebases, me.expect, me.expectSeen = rec, running, 0, 0, 0
+			step(t, "skips %d", rec)
+			return
+		}
+		if w.phase == missed {
+			a, why := Retry(s.base[c.key].writer, int(w.rebases))
+			if a == Rebase {
+				me.rebases++
+				me.expect, me.expectSeen, me.phase = s.base[c.key].val, s.base[c.key].seen, running
+				step(t, "rebases %d", rec)
+				return
+			}
+			caused := why == Source && s.writes[c.key] != c.seen
+			for r := int8(1); r < rec; r++ {
+				caused = caused || why == Dependency && s.changes[r-1].key == c.key && s.refused&(1<<r) != 0
+			}
+			if !caused {
+				t.fail(bFalse)
+			}
+		}
+		me.next, me.phase, me.rebases, me.expect, me.expectSeen, me.wait = rec, running, 0, 0, 0, 0
+		if s.applied&(1<<rec) != 0 {
+			t.fail(bTwo)
+		}
+		t.refused |= 1 << rec
+		sc.settle(&t, rec, false)
+		step(t, "refuses %d", rec)
+		return
+	}
+	if !s.isPending(rec) { // it has its verdict
+		me.next, me.rebases, me.expect, me.expectSeen = rec, 0, 0, 0
+		step(t, "skips %d", rec)
+		return
+	}
+	if w.counter != s.counter && !sc.noCounter {
+		stop("another counter")
+		return
+	}
+	if int(s.logLen) == len(s.log) {
+		return
+	}
+	if sc.refuses {
+		x := t
+		x.up[i].phase = refusing
+		step(x, "has %d refused by the source", rec)
+	}
+	// The records of one or two changes in one transaction: all of them hit, or the first is tried alone.
+	var e sEvent
+	for n := rec; n <= min(rec+1, s.merged); n++ {
+		c := s.changes[n-1]
+		expected, seen := c.old, c.seen
+		if n == rec && w.rebases > 0 {
+			expected, seen = w.expect, w.expectSeen
+			if sc.expectsLater {
+				expected, seen = s.base[c.key].val, s.base[c.key].seen
+			}
+		}
+		hit := t.source[c.key] == expected || c.new == absent && t.source[c.key] == absent
+		forbidden := hit && t.source[c.key] != c.new && sc.breaks(t.source, c.key, c.new)
+		if n > rec && (!hit || forbidden || !s.isPending(n)) {
+			return
+		}
+		if forbidden {
+			if s.foreigns == 0 && s.refused == 0 && sc.lawful {
+				t.fail(bFalse)
+			}
+			me.phase = refusing
+			step(t, "has %d refused by the foreign key", n)
+			return
+		}
+		if !hit {
+			me.phase, me.wait = missed, s.logLen
+			step(t, "misses %d", n)
+			return
+		}
+		if expected != c.old && expected != absent && seen != c.seen {
+			t.fail(bOverwrite)
+		}
+		if t.applied&(1<<n) != 0 {
+			t.fail(bDouble)
+		}
+		if t.refused&(1<<n) != 0 {
+			t.fail(bTwo)
+		}
+		e.own |= 1 << n
+		sc.write(&t, &e, c.key, c.new)
+		t.applied |= 1 << n
+		me.next, me.rebases, me.expect, me.expectSeen = n, 0, 0, 0
+		x := t
+		x.commit(e)
+		step(x, "applies %d to %d", rec, n)
+	}
+}
+
+// down applies one whole transaction of the source to the mirror.
+func (sc *sScope) down(s *sState, e sEvent) {
+	for i := range e.n {
+		k := e.keys[i]
+		if !Route(popcount(s.pending[k])) || sc.ignoresPending {
+			s.mirror[k], s.seen[k] = e.vals[i], e.fw[i]
+			continue
+		}
+		w := s.base[k].writer.After(e.own != 0)
+		if sc.lastWriter && e.own != 0 {
+			w = Own
+		}
+		s.base[k] = mBase{true, e.vals[i], e.fw[i], w}
+	}
+	for rec := int8(1); rec <= s.merged; rec++ {
+		if e.own&(1<<rec) != 0 && s.isPending(rec) {
+			sc.settle(s, rec, true)
+		}
+	}
+}
+
+func (sc *sScope) settle(s *sState, rec int8, accepted bool) {
+	k := s.changes[rec-1].key
+	s.pending[k] &^= 1 << rec
+	if Route(popcount(s.pending[k])) {
+		return
+	}
+	b := s.base[k]
+	if Settle(accepted, b.val == s.mirror[k], b.writer) != Keep {
+		s.mirror[k], s.seen[k] = b.val, b.seen
+	}
+	s.base[k] = mBase{}
+}
+
+// check names what is wrong with a state; still says that nothing moves by itself any more.
+func (sc *sScope) check(s sState, still bool) string {
+	switch {
+	case s.bad != 0:
+		return sBad[s.bad]
+	case !still:
+		return ""
+	case s.pending != [2]uint8{} || s.base != [2]mBase{}:
+		return fmt.Sprintf("STUCK: a change has no verdict, and nothing will give it one (pending %b)", s.pending)
+	case s.mirror != s.source:
+		return fmt.Sprintf("DIVERGED: mirror %v, source %v", s.mirror, s.source)
+	}
+	return ""
+}
+
+func (sc *sScope) explore(limit int) (states int, bad string, trace []string) {
+	start := sState{mirror: sc.start, source: sc.start}
+	start.up[0] = sWorker{phase: running}
+	type from struct {
+		prev uint32
+		what string
+	}
+	all, how := []sState{start}, []from{{}}
+	seen := map[sState]struct{}{start: {}}
+	for i := uint32(0); int(i) < len(all); i++ {
+		steps := sc.next(all[i])
+		still := true
+		for _, n := range steps {
+			still = still && !n.self
+		}
+		if bad := sc.check(all[i], still); bad != "" {
+			for ; i != 0; i = how[i].prev {
+				trace = append(trace, how[i].what)
+			}
+			slices.Reverse(trace)
+			return len(all), bad, trace
+		}
+		for _, n := range steps {
+			if _, ok := seen[n.to]; !ok {
+				seen[n.to] = struct{}{}
+				all, how = append(all, n.to), append(how, from{i, n.what})
+			}
+		}
+		if len(all) > limit {
+			return len(all), "more states than the limit: the scope is too large to be exhaustive", nil
+		}
+	}
+	return len(all), "", nil
+}
+
+var sourceScopes = []sScope{
+	{name: "up restarts", sessions: 3, fwr: 1, values: []int8{1, absent}, restarts: 1},
+	{name: "up restarts, two foreign writes", sessions: 2, fwr: 2, values: []int8{1, absent}, restarts: 1},
+	{name: "up restarts twice", sessions: 2, fwr: 1, values: []int8{1, absent}, restarts: 2},
+	{name: "up restarts twice, two foreign writes", sessions: 1, fwr: 2, values: []int8{1, absent}, restarts: 2},
+	{name: "up restarts, trigger", sessions: 3, fwr: 1, values: []int8{1, absent}, restarts: 1, trigger: true},
+	{name: "up restarts, refusals", sessions: 2, fwr: 2, values: []int8{1, absent}, restarts: 1, refuses: true},
+	{name: "up restarts, trigger and refusals", sessions: 2, fwr: 2, values: []int8{1}, restarts: 1, trigger: true, refuses: true},
+	{name: "up restarts, key re-use", sessions: 2, fwr: 2, values: []int8{1}, restarts: 1, reuse: true, refuses: true},
+	{name: "key re-use", sessions: 3, fwr: 2, values: []int8{1}, reuse: true},
+	{name: "key re-use, trigger", sessions: 2, fwr: 2, values: []int8{1, absent}, reuse: true, trigger: true},
+	{name: "foreign key, rows present", sessions: 3, fwr: 2, values: []int8{1, absent}, pairs: true, foreignKey: true},
+	{name: "foreign key, rows absent", start: [2]int8{absent, absent}, sessions: 3, fwr: 2, values: []int8{1, absent}, pairs: true, foreignKey: true},
+	{name: "foreign key, lawful devices", start: [2]int8{absent, absent}, sessions: 4, fwr: 1, values: []int8{1, absent}, pairs: true, foreignKey: true, lawful: true},
+	{name: "foreign key, up restarts, key re-use", start: [2]int8{absent, absent}, sessions: 2, fwr: 2, values: []int8{1, absent}, pairs: true, foreignKey: true,
+		restarts: 1, reuse: true},
+	{name: "foreign key, trigger, refusals", sessions: 2, fwr: 2, values: []int8{1, absent}, pairs: true, foreignKey: true, trigger: true, refuses: true},
+}
+
+func TestModelSourceSurvivesAccidents(t *testing.T) {
+	for _, sc := range sourceScopes {
+		t.Run(sc.name, func(t *testing.T) {
+			states, bad, trace := sc.explore(1_000_000)
+			if bad != "" {
+				t.Fatalf("after %d states: %s", states, told(bad, trace))
+			}
+			t.Logf("%d states", states)
+		})
+	}
+}
+
+// brokenSourceRules change one rule each. The model must find what that breaks.
+var brokenSourceRules = []sScope{
+	{finds: "DOUBLE", name: "a new up worker does not wait for down", sessions: 2, fwr: 2, values: []int8{1, absent}, restarts: 1, sRules: sRules{noBarrier: true}},
+	{finds: "DOUBLE", name: "source transactions demand no counter", sessions: 2, fwr: 2, values: []int8{1, absent}, restarts: 1, sRules: sRules{noCounter: true}},
+	{finds: "TWO VERDICTS", name: "a refusal demands no token", sessions: 1, fwr: 1, values: []int8{1, absent}, restarts: 1, refuses: true, sRules: sRules{noToken: true}},
+	{finds: "TWO VERDICTS", name: "a refusal demands no token, foreign key", start: [2]int8{absent, absent}, sessions: 1, fwr: 1, values: []int8{1, absent}, restarts: 1,
+		foreignKey: true, sRules: sRules{noToken: true}},
+	{finds: "TWO VERDICTS", name: "a refusal demands no token, compare-and-set", sessions: 1, fwr: 2, values: []int8{1}, restarts: 1, reuse: true, sRules: sRules{noToken: true}},
+	{finds: "TWO VERDICTS", name: "a new up worker does not look at its token again", sessions: 1, fwr: 2, values: []int8{1, absent}, restarts: 2, sRules: sRules{noRecheck: true}},
+	{finds: "FALSE REFUSAL", name: "down applies a transaction again", sessions: 2, fwr: 1, values: []int8{1}, trigger: true, sRules: sRules{replays: true}},
+	{finds: "FALSE REFUSAL", name: "a failed compare-and-set is decided at once", sessions: 2, fwr: 1, values: []int8{1, absent}, trigger: true, sRules: sRules{impatient: true}},
+	{finds: "OVERWRITE", name: "a foreign writer of base does not stay", sessions: 2, fwr: 1, values: []int8{1}, trigger: true, sRules: sRules{lastWriter: true}},
+	{finds: "OVERWRITE", name: "a rebased record expects base as it is later", sessions: 3, fwr: 2, values: []int8{1, 2}, trigger: true, sRules: sRules{expectsLater: true}},
+	{finds: "DIVERGED", name: "down writes the mirror although changes are pending", sessions: 2, fwr: 1, values: []int8{1}, sRules: sRules{ignoresPending: true}},
+	{finds: "FALSE REFUSAL", name: "a session's deletes begin with the parent", sessions: 1, values: []int8{1, absent}, pairs: true, foreignKey: true, lawful: true, sRules: sRules{unsorted: true}},
+}
+
+func TestModelFindsBrokenSourceRules(t *testing.T) {
+	for _, sc := range brokenSourceRules {
+		t.Run(sc.name, func(t *testing.T) {
+			states, bad, trace := sc.explore(500_000)
+			if !strings.HasPrefix(bad, sc.finds) {
+				t.Fatalf("after %d states the model does not find %s, but: %s", states, sc.finds, told(bad, trace))
+			}
+			t.Logf("after %d states: %s", states, told(bad, trace))
+		})
+	}
+}
