@@ -182,16 +182,25 @@ func (s *Subscription) ColumnsOf(t *Table) []Column {
 
 // KeyQuery is a query with one text column, key: the distinct subset key values of one user, in the form that
 // [Column.Text] gives. userExpr and attrExpr are SQL expressions for the user's name (text) and attributes (jsonb):
-// "$1" and "$2" for one user, "u.name" and "u.attributes" inside LATERAL for many. It is evaluated as role
+// "$1" and "$2" for one user (both must be bound, not null, whether the query uses them or not), "u.name" and
+// "u.attributes" inside LATERAL for many. It is evaluated as role
 // [ReaderRole]. It needs checked definitions ([Definitions.Check]) and is empty for a subscription of all rows.
 func (s *Subscription) KeyQuery(userExpr, attrExpr string) string {
 	if s.Key == "" || s.rows == nil {
 		return ""
 	}
 	key := Column{MirrorType: s.keyType}
+	user, attr := "("+userExpr+")::pg_catalog.text", "("+attrExpr+")::pg_catalog.jsonb"
+	var unused string
+	if strings.HasPrefix(userExpr, "$") {
+		unused += " AND " + user + " IS NOT NULL"
+	}
+	if strings.HasPrefix(attrExpr, "$") {
+		unused += " AND " + attr + " IS NOT NULL"
+	}
 	// The line break ends a comment that the query may end with.
 	return "SELECT DISTINCT " + key.Text("q.k::"+s.keyType) + " AS key FROM (" +
-		s.rows.render("("+userExpr+")::pg_catalog.text", "("+attrExpr+")::pg_catalog.jsonb") + "\n) AS q(k) WHERE q.k IS NOT NULL"
+		s.rows.render(user, attr) + "\n) AS q(k) WHERE q.k IS NOT NULL" + unused
 }
 
 // Text is an SQL expression for the canonical text of a value of the column's type, as the wire and the change data

@@ -450,8 +450,11 @@ func (s *setup) newColumns(ctx context.Context, tables []*Table) error {
 	var problems []Problem
 	for _, t := range tables {
 		was, _, err := storedTable(ctx, s.mirror, t)
-		if err != nil || was == nil {
+		if err != nil {
 			return err
+		}
+		if was == nil {
+			continue
 		}
 		for _, c := range t.Columns {
 			if _, known := was.Column(c.Name); known {
