@@ -23,8 +23,8 @@ const (
 
 // DownConfig of a Down.
 type DownConfig struct {
-	Mirror    string                                            // connection string; several hosts allowed
-	Tables    func(ctx context.Context) ([]schema.Table, error) // the synced tables; asked at the start of each session
+	Mirror    string                                             // connection string; several hosts allowed
+	Tables    func(ctx context.Context) ([]*schema.Table, error) // the synced tables; asked at the start of each session
 	Changes   Changes
 	Log       *zap.Logger
 	BatchRows int           // a mirror transaction is committed when it has this many rows; 0: DefaultBatchRows
@@ -79,8 +79,8 @@ func (d *Down) load(ctx context.Context, conn *pgx.Conn) (position change.LSN, u
 		return 0, 0, fmt.Errorf("synced tables: %w", err)
 	}
 	d.byID, d.byName, d.relations, d.unknown = map[int]*table{}, map[string]*table{}, map[uint32]*relation{}, map[string]bool{}
-	for i := range tables {
-		t, err := newTable(&tables[i])
+	for _, st := range tables {
+		t, err := newTable(st)
 		if err != nil {
 			return 0, 0, err
 		}

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"strings"
 )
 
 // image is a row: PostgreSQL text for each column of the table, nil for NULL, hole for a value that is not known because it
@@ -80,28 +79,4 @@ func jsonValues(text string) (map[string]*string, error) {
 		return nil, fmt.Errorf("row image: %w", err)
 	}
 	return vals, nil
-}
-
-// canonicalKey turns a key value as the server's output function writes it (change data) into what a cast to text
-// writes (side tables). They differ for three types.
-func canonicalKey(typ, text string) string {
-	switch base, _, _ := strings.Cut(typ, "("); base {
-	case "boolean":
-		switch text {
-		case "t":
-			return "true"
-		case "f":
-			return "false"
-		}
-	case "character", "bpchar":
-		return strings.TrimRight(text, " ")
-	case "inet":
-		if !strings.Contains(text, "/") {
-			if strings.Contains(text, ":") {
-				return text + "/128"
-			}
-			return text + "/32"
-		}
-	}
-	return text
 }

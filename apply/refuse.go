@@ -102,9 +102,7 @@ func (s *upSession) dependsOn(c *upChange) (refusal, bool) {
 				complete = false
 				break
 			}
-			if i, ok := parent.at[name]; ok {
-				key[j] = canonicalKey(parent.Columns[i].MirrorType, *v)
-			}
+			key[j] = *v
 		}
 		if !touched || !complete {
 			continue

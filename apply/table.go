@@ -88,7 +88,7 @@ func newTable(t *schema.Table) (*table, error) {
 		FROM %s LEFT JOIN waystage.base AS b ON b.tbl = $%d AND b.key = %s LEFT JOIN waystage.change AS c ON c.id = u.first`,
 		w.unnest(w.keys, 1, "first bigint", ordinality), k+2, key)
 	w.load = fmt.Sprintf("SELECT jsonb_build_object(%s)::text FROM %s JOIN %s AS m ON %s", w.list(all, func(i int) string {
-		return schema.Literal(t.Columns[i].Name) + ", m." + schema.Quote(t.Columns[i].Name) + "::text"
+		return schema.Literal(t.Columns[i].Name) + ", " + t.Columns[i].Text("m."+schema.Quote(t.Columns[i].Name))
 	}), w.unnest(w.keys, 1), t.Ident(), w.match())
 	return w, nil
 }
@@ -147,7 +147,7 @@ func (w *table) keyArray(alias string) string {
 
 // mirrorKey is the same of a mirror row.
 func (w *table) mirrorKey(alias string) string {
-	return "ARRAY[" + w.list(w.keys, func(i int) string { return alias + "." + schema.Quote(w.Columns[i].Name) + "::text" }) + "]"
+	return "ARRAY[" + w.list(w.keys, func(i int) string { return w.Columns[i].Text(alias + "." + schema.Quote(w.Columns[i].Name)) }) + "]"
 }
 
 // updateRows writes only the columns with these places; parameters: keys, then they.
@@ -165,7 +165,7 @@ func (w *table) keyOf(g image) ([]string, error) {
 		if g[i] == nil || g[i] == hole {
 			return nil, &Error{CodeIdentity, fmt.Sprintf("a row of %s came without its primary key", w.FullName()), remedyIdentity}
 		}
-		key[j] = canonicalKey(w.Columns[i].MirrorType, *g[i])
+		key[j] = *g[i] // the output function's text, which is the canonical one
 	}
 	return key, nil
 }

@@ -24,7 +24,7 @@ const DefaultBatchChanges = 1000
 type UpConfig struct {
 	Mirror       string // connection strings; several hosts allowed
 	Source       string
-	Tables       func(ctx context.Context) ([]schema.Table, error) // the synced tables; asked at the start of each session
+	Tables       func(ctx context.Context) ([]*schema.Table, error) // the synced tables; asked at the start of each session
 	Changes      Changes
 	Log          *zap.Logger
 	Worker       string        // name of this process, for people who read the source's progress table
@@ -149,8 +149,8 @@ func (s *upSession) load(ctx context.Context) error {
 	}
 	byID := map[int]*table{}
 	s.byName = map[string]*table{}
-	for i := range tables {
-		t, err := newTable(&tables[i])
+	for _, st := range tables {
+		t, err := newTable(st)
 		if err != nil {
 			return err
 		}
