@@ -39,6 +39,9 @@ type GatewayConfig struct {
 	CallBurst   int           // and at once (default 500)
 	BytesPerSec float64       // that one device may put on average (default 4 MiB)
 	BytesBurst  int           // and at once (default 32 MiB; at least MaxPart)
+
+	// Applied hears that a device has applied the reply to a session, before its pages are removed; nil: nobody.
+	Applied func(ctx context.Context, user, device, session string) error
 }
 
 // Gateway takes the calls of devices: it is the only thing between them and the streams. It runs as a NATS micro service
@@ -441,6 +444,11 @@ func (s *shift) wake(subject string) {
 func (s *shift) ack(c *call) {
 	s.counts.acks.Add(1)
 	s.do(c, func(ctx context.Context) (any, error) {
+		if s.cfg.Applied != nil {
+			if err := s.cfg.Applied(ctx, c.user, c.device, c.args[0]); err != nil {
+				return nil, err
+			}
+		}
 		return map[string]bool{"ok": true}, s.q.PurgePages(ctx, c.user, c.device, c.args[0])
 	})
 }

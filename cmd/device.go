@@ -1,0 +1,454 @@
+package cmd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/waystage/waystage/device"
+	"github.com/waystage/waystage/protocol"
+)
+
+func newDevice(a *app) *cobra.Command {
+	c := &cobra.Command{Use: "device", Short: "Keep a SQLite file in step with a server"}
+	var path string
+	c.PersistentFlags().StringVarP(&path, "file", "f", "", "the device's SQLite file")
+	_ = c.MarkPersistentFlagFilename("file", "db", "sqlite")
+	c.AddCommand(newEnrol(a, &path), newSync(a, &path), newDeviceStatus(a, &path), newDeviceLog(a, &path),
+		newDeviceRejects(a, &path), newPending(a, &path), newRepair(a, &path))
+	return c
+}
+
+// withDevice opens the file, which must exist unless it is to be enrolled, and gives the library's errors their codes.
+func (a *app) withDevice(ctx context.Context, path string, fresh bool, what string, do func(d *device.Device) error) error {
+	if path == "" {
+		return usage("name the device's SQLite file with --file")
+	}
+	if _, err := os.Stat(path); err != nil && !fresh {
+		return &failure{code: exitPrecondition, what: what, where: path, err: bare(err), remedy: "'waystage device enrol' makes the file"}
+	}
+	d, err := device.Open(ctx, path, device.Options{App: "waystage " + version})
+	if err == nil {
+		err = errors.Join(do(d), d.Close())
+	}
+	if err == nil {
+		return nil
+	}
+	var f *failure
+	var s silent
+	if errors.As(err, &f) || errors.As(err, &s) {
+		return err
+	}
+	return &failure{code: deviceCode(err), what: what, where: path, err: errors.New(strings.ReplaceAll(err.Error(), "device: ", "")), remedy: deviceRemedy(err)}
+}
+
+func deviceCode(err error) int {
+	switch {
+	case errors.Is(err, device.ErrLogin), errors.Is(err, device.ErrBlocked):
+		return exitAuth
+	case errors.Is(err, context.Canceled):
+		return exitInterrupted
+	case errors.Is(err, device.ErrUnreachable), errors.Is(err, context.DeadlineExceeded):
+		return exitUnreachable
+	case errors.Is(err, device.ErrNotEnrolled), errors.Is(err, device.ErrSyncing):
+		return exitPrecondition
+	case errors.Is(err, device.ErrCapture):
+		return exitAttention
+	}
+	return exitFailed
+}
+
+func deviceRemedy(err error) string {
+	switch {
+	case errors.Is(err, device.ErrBlocked):
+		return "ask the operator: 'waystage devices unblock USER/DEVICE' lets the device go on where it stopped"
+	case errors.Is(err, device.ErrLogin):
+		return "check user and password; enrol again if the device was removed"
+	case errors.Is(err, device.ErrUnreachable):
+		return "edits are kept in the file; sync again later, it goes on where it stopped"
+	case errors.Is(err, device.ErrNotEnrolled):
+		return "run 'waystage device enrol' first"
+	case errors.Is(err, device.ErrCapture):
+		return "'waystage device repair' installs the triggers anew; edits made while they were missing are overwritten"
+	}
+	return ""
+}
+
+func newEnrol(a *app, path *string) *cobra.Command {
+	var o device.EnrolOptions
+	var passwordFile string
+	c := &cobra.Command{Use: "enrol", Aliases: []string{"enroll"}, Short: "Make a file the device of a user; the password comes from a prompt, stdin or --password-file", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			if len(o.Servers) == 0 || o.User == "" || o.Device == "" {
+				return usage("--server, --user and --device are needed")
+			}
+			for what, name := range map[string]string{"user": o.User, "device": o.Device} {
+				if !protocol.ValidName(name) {
+					return usage("the %s name %q is not valid: use 1 to 64 of a-z, 0-9, _ and -", what, name)
+				}
+			}
+			if *path == "" {
+				return usage("name the device's SQLite file with --file")
+			}
+			var err error
+			if o.Password, err = a.password(passwordFile, "Password of "+o.User, false); err != nil {
+				return err
+			}
+			_, statErr := os.Stat(*path)
+			err = a.withDevice(c.Context(), *path, true, "cannot enrol "+o.User+"/"+o.Device, func(d *device.Device) error { return d.Enrol(c.Context(), o) })
+			if err != nil {
+				if errors.Is(statErr, os.ErrNotExist) { // leave no half-made file behind
+					for _, suffix := range []string{"", "-wal", "-shm"} {
+						_ = os.Remove(*path + suffix)
+					}
+				}
+				return err
+			}
+			a.say("%s is now device %s/%s; next: waystage device sync --file %s", *path, o.User, o.Device, *path)
+			return nil
+		}}
+	c.Flags().StringSliceVar(&o.Servers, "server", nil, "address of the server, e.g. nats://127.0.0.1:4222; may be given often")
+	c.Flags().StringVar(&o.User, "user", "", "user")
+	c.Flags().StringVar(&o.Device, "device", "", "name of the device, unique for the user")
+	c.Flags().StringVar(&passwordFile, "password-file", "", "file with the password; - for stdin")
+	return c
+}
+
+func newSync(a *app, path *string) *cobra.Command {
+	var o device.SyncOptions
+	var f format
+	var every time.Duration
+	var between string
+	c := &cobra.Command{Use: "sync", Short: "Send what changed, fetch what changed", Args: cobra.NoArgs,
+		Long: `Send what changed in the file, fetch what changed at the server. Cancelled anywhere, the next sync goes on where this one stopped.
+With --every it syncs again and again (one after the other) until it is interrupted. Exit code 3: complete, and records were rejected.`,
+		RunE: func(c *cobra.Command, _ []string) error {
+			if o.Wait != protocol.WaitMerge && o.Wait != protocol.WaitSource {
+				return usage("--wait wants merge or source, not %q", o.Wait)
+			}
+			hours, err := parseHours(between)
+			if err != nil {
+				return err
+			}
+			if every > 0 {
+				return a.syncEvery(c.Context(), *path, o, f, every, hours)
+			}
+			return a.sync(c.Context(), *path, o, f)
+		}}
+	c.Flags().StringVar(&o.Wait, "wait", protocol.WaitMerge, "what the reply waits for: merge, or source (bounded) for the source's verdict")
+	c.Flags().StringSliceVar(&o.Sets, "only", nil, "only this subscription set; may be given often")
+	c.Flags().DurationVar(&every, "every", 0, "sync again after this time, until interrupted")
+	c.Flags().StringVar(&between, "between", "", "with --every: only at these hours, e.g. 09:00-22:00")
+	withOutput(c, &f)
+	return c
+}
+
+// sync runs one sync and prints its report.
+func (a *app) sync(ctx context.Context, path string, o device.SyncOptions, f format) error {
+	return a.withDevice(ctx, path, false, "the sync is not complete", func(d *device.Device) error {
+		var p *progress
+		var label string
+		o.Progress = func(g device.Progress) {
+			if g.Total <= 0 || f != "table" {
+				return
+			}
+			if l := strings.TrimSpace(g.Set + " " + g.Stage); p == nil || l != label {
+				if p != nil {
+					p.stop()
+				}
+				label, p = l, a.progress(l, map[string]string{device.StageUpload: "bytes", device.StageDownload: "pages", device.StageApply: "rows"}[g.Stage], g.Total)
+			}
+			p.set(g.Done, g.Total)
+		}
+		rep, err := d.Sync(ctx, o)
+		if p != nil {
+			p.stop()
+		}
+		if f != "table" {
+			if perr := printOne(a.out, f, rep); perr != nil {
+				return errors.Join(err, perr)
+			}
+		} else if err == nil {
+			a.printReport(rep)
+		}
+		if err != nil {
+			return err
+		}
+		if rep.Rejected > 0 {
+			a.say("%d records were rejected: waystage device rejects --file %s", rep.Rejected, path)
+			return silent(exitRejected)
+		}
+		return nil
+	})
+}
+
+func (a *app) printReport(r device.Report) {
+	for _, s := range r.Sets {
+		notes := ""
+		if s.Resumed {
+			notes += ", resumed"
+		}
+		if s.Refresh {
+			notes += ", all rows"
+		}
+		if s.More {
+			notes += "; verdicts are still open, they come with a later sync"
+		}
+		fmt.Fprintf(a.out, "%s: sent %d, merged %d, applied %d, rejected %d; received %d rows, removed %d (%s up, %s down, %s%s)\n",
+			s.Set, s.Sent, s.Merged, s.Applied, s.Rejected, s.Rows, s.Deleted, human(s.BytesUp), human(s.BytesDown), span(s.Duration), notes)
+	}
+	if r.Forked {
+		a.say("note: the file goes on under a new incarnation (it was restored or copied, or the mirror was made anew); its edits were kept")
+	}
+}
+
+// syncEvery repeats. What can mend itself is told and tried again; the rest ends it.
+func (a *app) syncEvery(ctx context.Context, path string, o device.SyncOptions, f format, every time.Duration, hours hours) error {
+	for {
+		now := time.Now()
+		if hours.include(now) {
+			err := a.sync(ctx, path, o, f)
+			switch code := exitCode(err); code {
+			case exitOK, exitRejected:
+			case exitUnreachable, exitFailed:
+				report(a.err, err)
+			default:
+				return err
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(every):
+		}
+	}
+}
+
+// hours is a span of the day; the zero value is all of it. It may go over midnight.
+type hours struct{ from, to int } // minutes since midnight
+
+func parseHours(s string) (hours, error) {
+	if s == "" {
+		return hours{}, nil
+	}
+	from, to, ok := strings.Cut(s, "-")
+	a, err1 := time.Parse("15:04", strings.TrimSpace(from))
+	b, err2 := time.Parse("15:04", strings.TrimSpace(to))
+	if !ok || err1 != nil || err2 != nil {
+		return hours{}, usage("--between wants hours such as 09:00-22:00, not %q", s)
+	}
+	return hours{a.Hour()*60 + a.Minute(), b.Hour()*60 + b.Minute()}, nil
+}
+
+func (h hours) include(t time.Time) bool {
+	m := t.Hour()*60 + t.Minute()
+	switch {
+	case h.from == h.to:
+		return true
+	case h.from < h.to:
+		return m >= h.from && m < h.to
+	default:
+		return m >= h.from || m < h.to
+	}
+}
+
+func newDeviceStatus(a *app, path *string) *cobra.Command {
+	var f format
+	c := &cobra.Command{Use: "status", Short: "Show how the file stands: sets, rows, edits that are not final", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return a.withDevice(c.Context(), *path, false, "cannot read the status", func(d *device.Device) error {
+				s, err := d.Status(c.Context())
+				if err != nil {
+					return err
+				}
+				if f != "table" {
+					return printOne(a.out, f, s)
+				}
+				who := "not enrolled"
+				if s.Enrolled {
+					who = s.User + "/" + s.Device + " at " + strings.Join(s.Servers, ", ")
+				}
+				fmt.Fprintf(a.out, "device: %s\nedits: %d unsent, %d sent, %d merged and waiting for the source; %d in the rejected log\n", who, s.Unsent, s.Sent, s.Merged, s.Rejects)
+				if s.Unfinished {
+					fmt.Fprintln(a.out, "the last sync was broken off: the next goes on from there")
+				}
+				for _, p := range s.Problems {
+					fmt.Fprintln(a.out, "problem: "+clean(p))
+				}
+				type line struct {
+					set, table, local, rows, synced string
+				}
+				var lines []line
+				for _, set := range s.Sets {
+					at := set.SyncedAt
+					for _, t := range set.Tables {
+						lines = append(lines, line{set.Name, t.Name, t.Local, strconv.FormatInt(t.Rows, 10), ago(&at)})
+					}
+				}
+				if len(lines) == 0 {
+					return nil
+				}
+				fmt.Fprintln(a.out)
+				return printRows(a.out, "table", lines, []column[line]{
+					{"set", func(l line) string { return l.set }}, {"table", func(l line) string { return l.table }},
+					{"in the file", func(l line) string { return l.local }}, {"rows", func(l line) string { return l.rows }},
+					{"synced", func(l line) string { return l.synced }}})
+			})
+		}}
+	withOutput(c, &f)
+	return c
+}
+
+func newDeviceLog(a *app, path *string) *cobra.Command {
+	var f format
+	var limit int
+	c := &cobra.Command{Use: "log", Short: "Show the last syncs, the newest first", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return a.withDevice(c.Context(), *path, false, "cannot read the log", func(d *device.Device) error {
+				l, err := d.Log(c.Context())
+				if err != nil {
+					return err
+				}
+				if limit > 0 && len(l) > limit {
+					l = l[:limit]
+				}
+				number := func(get func(device.Report) int) func(device.Report) string {
+					return func(r device.Report) string { return strconv.Itoa(get(r)) }
+				}
+				return printRows(a.out, f, l, []column[device.Report]{
+					{"started", func(r device.Report) string { return r.Started.Local().Format(time.DateTime) }},
+					{"took", func(r device.Report) string { return span(r.Duration) }},
+					{"sent", number(func(r device.Report) int { return r.Sent })},
+					{"applied", number(func(r device.Report) int { return r.Applied })},
+					{"rejected", number(func(r device.Report) int { return r.Rejected })},
+					{"received", number(func(r device.Report) int { return int(r.Rows) })},
+					{"error", func(r device.Report) string { return shorten(r.Error, 80) }},
+				})
+			})
+		}}
+	c.Flags().IntVar(&limit, "limit", 20, "at most so many; 0: all")
+	withOutput(c, &f)
+	return c
+}
+
+func newDeviceRejects(a *app, path *string) *cobra.Command {
+	var f format
+	var all bool
+	c := &cobra.Command{Use: "rejects", Short: "Show the rejected log: what was sent, and what the server has instead", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return a.withDevice(c.Context(), *path, false, "cannot read the rejected log", func(d *device.Device) error {
+				l, err := d.Rejects(c.Context())
+				if err != nil {
+					return err
+				}
+				if f != "table" {
+					return printRows(a.out, f, l, nil)
+				}
+				for i, r := range l {
+					if i > 0 {
+						fmt.Fprintln(a.out)
+					}
+					printDeviceReject(a, r, all)
+				}
+				if len(l) == 0 {
+					a.say("nothing was rejected")
+				}
+				return nil
+			})
+		}}
+	c.Flags().BoolVarP(&all, "all", "a", false, "show columns that are the same everywhere, too")
+	withOutput(c, &f)
+	return c
+}
+
+func printDeviceReject(a *app, r device.Reject, all bool) {
+	number := ""
+	if r.ID != 0 {
+		number = fmt.Sprintf(" (no. %d in the server's log)", r.ID)
+	}
+	words := map[string]string{protocol.Insert: "insert into", protocol.Update: "update of", protocol.Delete: "delete from"}
+	fmt.Fprintf(a.out, "%s  %s %s, key %s: %s%s\n  %s\n", r.At.Local().Format(time.DateTime), words[r.Op], r.Table, clean(joinKey(r.Key)), r.Code, number, clean(r.Detail))
+	show := func(label string, m map[string]*string) {
+		if m == nil {
+			fmt.Fprintf(a.out, "  %-9s no such row\n", label)
+			return
+		}
+		var parts []string
+		for _, n := range sortedKeys(m) {
+			if all || !sameValue(r.Base, r.Right, n) || !sameValue(r.Sent, r.Right, n) {
+				parts = append(parts, n+" = "+cell(m, n))
+			}
+		}
+		fmt.Fprintf(a.out, "  %-9s %s\n", label, orDash(strings.Join(parts, ", ")))
+	}
+	show("you sent", r.Sent)
+	show("based on", r.Base)
+	show("now right", r.Right)
+}
+
+// sameValue tells that two images agree in a column, or that one of them does not have it.
+func sameValue(a, b map[string]*string, name string) bool {
+	x, ok1 := a[name]
+	y, ok2 := b[name]
+	switch {
+	case a == nil || b == nil:
+		return false
+	case !ok1 || !ok2:
+		return true
+	case x == nil || y == nil:
+		return x == y
+	}
+	return *x == *y
+}
+
+func newPending(a *app, path *string) *cobra.Command {
+	var f format
+	c := &cobra.Command{Use: "pending", Short: "List edits without a final outcome", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return a.withDevice(c.Context(), *path, false, "cannot list the edits", func(d *device.Device) error {
+				l, err := d.Pending(c.Context())
+				if err != nil {
+					return err
+				}
+				return printRows(a.out, f, l, []column[device.Edit]{
+					{"table", func(e device.Edit) string { return e.Table }},
+					{"op", func(e device.Edit) string { return e.Op }},
+					{"key", func(e device.Edit) string { return joinKey(e.Key) }},
+					{"state", func(e device.Edit) string { return e.State }},
+					{"since", func(e device.Edit) string {
+						if e.Since.IsZero() {
+							return ""
+						}
+						return ago(&e.Since)
+					}},
+				})
+			})
+		}}
+	withOutput(c, &f)
+	return c
+}
+
+func newRepair(a *app, path *string) *cobra.Command {
+	var yes bool
+	c := &cobra.Command{Use: "repair", Short: "Install damaged capture triggers anew and fetch all rows with the next sync", Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return a.withDevice(c.Context(), *path, false, "cannot repair the file", func(d *device.Device) error {
+				if err := a.confirm(yes, "Edits made while the triggers were missing will be overwritten by what the server has", "repair"); err != nil {
+					return err
+				}
+				if err := d.Repair(c.Context()); err != nil {
+					return err
+				}
+				a.say("the triggers are installed; next: waystage device sync --file %s", *path)
+				return nil
+			})
+		}}
+	c.Flags().BoolVar(&yes, "yes", false, "do not ask")
+	return c
+}

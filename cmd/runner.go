@@ -1,0 +1,78 @@
+package cmd
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/waystage/waystage/apply"
+	"github.com/waystage/waystage/capture"
+	"github.com/waystage/waystage/stages"
+)
+
+// runner is a worker whose whole life is one batch: a capture or an applier. Of the workers of one process one runs, the
+// others stand by, as those of other processes do.
+type runner struct {
+	seat chan struct{} // holds one token: this process's
+	run  func(context.Context) error
+	tell func() string // what it does now, for pools ls
+}
+
+// newRunner makes the workers of a pool share one long-runner.
+func newRunner(run func(context.Context) error, tell func() string) func() stages.Worker {
+	r := runner{seat: make(chan struct{}, 1), run: run, tell: tell}
+	r.seat <- struct{}{}
+	return func() stages.Worker { return r }
+}
+
+// tellEvery is how often a runner's words are refreshed.
+const tellEvery = time.Second
+
+// Batch runs until take ends. It returns when the long-runner has ended, whatever happens.
+func (r runner) Batch(take, _ context.Context, doing func(string)) (int, error) {
+	doing("standby in this process")
+	select {
+	case <-r.seat:
+		defer func() { r.seat <- struct{}{} }()
+	case <-take.Done():
+		return 0, nil
+	}
+	done := make(chan error, 1)
+	go func() { done <- r.run(take) }()
+	tick := time.NewTicker(tellEvery)
+	defer tick.Stop()
+	for {
+		doing(r.tell())
+		select {
+		case err := <-done:
+			switch {
+			case take.Err() != nil:
+				return 0, nil
+			case err == nil:
+				return 0, fmt.Errorf("ended by itself")
+			}
+			return 0, err
+		case <-tick.C:
+		}
+	}
+}
+
+func tellCapture(c *capture.Capture) func() string {
+	return func() string {
+		s := c.Stats()
+		if s.State != "streaming" {
+			return s.State
+		}
+		return fmt.Sprintf("streaming: %d transactions, %d rows, lag %s", s.Transactions, s.Rows, human(s.LagBytes))
+	}
+}
+
+func tellApply(stats func() apply.Stats) func() string {
+	return func() string {
+		s := stats()
+		if s.State != "applying" {
+			return s.State
+		}
+		return fmt.Sprintf("applying: %d transactions, %d rows, at %s", s.Transactions, s.Rows, s.Position)
+	}
+}

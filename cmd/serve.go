@@ -1,0 +1,415 @@
+package cmd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/waystage/waystage/apply"
+	"github.com/waystage/waystage/capture"
+	"github.com/waystage/waystage/internal/health"
+	"github.com/waystage/waystage/internal/registry"
+	"github.com/waystage/waystage/protocol"
+	"github.com/waystage/waystage/queue"
+	"github.com/waystage/waystage/schema"
+	"github.com/waystage/waystage/stages"
+)
+
+// Info says where a server that is ready can be reached.
+type Info struct {
+	NATS      string // where devices connect
+	WebSocket string // the same for WebSocket, empty without
+	Health    string // base URL of the health listener, empty without
+	Epoch     string // of the mirror
+	Tables    int    // synced
+	Keys      queue.Secrets
+}
+
+// grace is how long work under way may take to end at shutdown.
+const grace = 30 * time.Second
+
+// Serve runs a whole server until ctx ends or something fails that retrying cannot mend. ready is called once, when
+// devices can sync.
+//
+//	Serve ─┬─ support: ends last, so that work under way can finish
+//	       │    ├─ health listener               1   /healthz /readyz /metrics
+//	       │    ├─ callout                       1   decides devices' logins for the broker
+//	       │    ├─ registry watch                1   closes connections of who is blocked
+//	       │    ├─ kicks                         3   intake, merge, reply: "there is work"
+//	       │    ├─ pool settings                 1   "the operator has changed something"
+//	       │    └─ prune                         1   what the retention times have passed
+//	       │
+//	       └─ work: a pool for each stage, with as many workers as waystage.pool says
+//	            ├─ gateway       devices' calls      -> input queue; output queue -> devices
+//	            ├─ intake        input queue         -> staging tables
+//	            ├─ merge         staging tables      -> mirror tables, ledger
+//	            ├─ reply         mirror, ledger      -> output queue
+//	            ├─ capture-up    mirror's log        -> change data up      one active in all processes
+//	            ├─ apply-up      change data up      -> source              one active
+//	            ├─ capture-down  source's log        -> change data down    one active
+//	            └─ apply-down    change data down    -> mirror tables       one active
+//
+// Shutdown has two phases: when ctx ends the pools take nothing more and finish what they have; when they have ended,
+// support ends, then queue and broker, then the databases' pools.
+func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (err error) {
+	if log == nil {
+		log = zap.NewNop()
+	}
+	if err := c.Validate(); err != nil {
+		return err
+	}
+	defs, problems, err := readDefinitions(c.Definitions)
+	if err != nil {
+		return err
+	}
+	if _, err := schema.Refusing(problems); err != nil {
+		return definitionsFailure(c, err)
+	}
+
+	mirror, err := openPool(ctx, "mirror", c.Mirror.DSN, c.mirrorConnections())
+	if err != nil {
+		return err
+	}
+	defer mirror.Close()
+	source, err := openPool(ctx, "source", c.Source.DSN, 4)
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+
+	broker, stopBroker, err := startBroker(c, log)
+	if err != nil {
+		return err
+	}
+	defer stopBroker()
+	q, err := queue.Open(ctx, queue.Config{Broker: broker, Replicas: c.NATS.External.Replicas, InputBytes: int64(c.Limits.QueueBytes),
+		OutputBytes: int64(c.Limits.OutputBytes), OutputAge: time.Duration(c.Retention.Replies), ChangeBytes: int64(c.Limits.ChangeBytes)}, log)
+	if err != nil {
+		return err
+	}
+	defer q.Close()
+
+	// Support lives until the work has ended. Whatever of it fails takes the work down, in order.
+	support, stopSupport := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopSupport()
+	sup, support := errgroup.WithContext(support)
+	work, cancelWork := context.WithCancel(ctx)
+	defer cancelWork()
+	context.AfterFunc(support, cancelWork)
+
+	metrics := prometheus.NewRegistry()
+	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	reader := health.NewReader(source, mirror, func(ctx context.Context) ([]health.Queue, error) { return depths(ctx, q) })
+	metrics.MustRegister(health.NewCollector(reader.Read, 5*time.Second, log.Named("health")))
+	var setUp atomic.Bool
+	listener := health.New(health.Config{Listen: c.Health.Listen, Metrics: metrics, Version: version,
+		Checks: checks(source, mirror, q, &setUp)}, log.Named("health"))
+	var healthURL string
+	if c.Health.Listen != "" {
+		l, err := listener.Listen(ctx)
+		if err != nil {
+			return &failure{code: exitPrecondition, what: "cannot open the health listener", where: c.Health.Listen, err: err,
+				remedy: "is the port in use? change health.listen, or empty it for no listener"}
+		}
+		healthURL = "http://" + l.Addr().String()
+		sup.Go(func() error { return listener.Run(support, l) })
+	}
+	// From here on every way out ends support and waits for it.
+	defer func() {
+		stopSupport()
+		if serr := sup.Wait(); serr != nil && !errors.Is(serr, context.Canceled) && err == nil {
+			err = serr
+		}
+	}()
+
+	done, err := schema.Setup(ctx, schema.SetupOptions{SourceDSN: c.Source.DSN, MirrorDSN: c.Mirror.DSN, Definitions: defs,
+		Recopy: c.Recopy, Progress: c.Progress, Log: log.Named("setup")})
+	if err != nil {
+		return setupFailure(c, err)
+	}
+	for _, w := range done.Warnings {
+		log.Warn("definitions", zap.Stringer("note", w))
+	}
+	setUp.Store(true)
+
+	catalog := stages.NewCatalog(done.Epoch, done.Definitions, done.Tables)
+	current := func() *stages.Catalog { return catalog }
+	tables := func(context.Context) ([]*schema.Table, error) { return done.Tables, nil }
+	kick := func(stage string) {
+		if err := q.Kick(stage); err != nil {
+			log.Debug("kick failed", zap.String("stage", stage), zap.Error(err)) // a stage also looks by itself
+		}
+	}
+
+	users := registry.New(mirror, log)
+	callout := queue.NewCallout(broker, users, log)
+	sup.Go(func() error { return callout.Run(support) })
+	sup.Go(func() error { return users.Watch(support, q.Disconnect) })
+	pruner := stages.NewPruner(stages.RetentionConfig{Changes: keep(c.Retention.Ledger), Sessions: keep(c.Retention.Ledger),
+		Rejects: keep(c.Retention.Rejects), Cursors: keep(c.Retention.Tombstones)}, mirror, log.Named("prune"))
+	sup.Go(func() error { return pruner.Run(support) })
+
+	limits := protocol.DefaultLimits()
+	limits.Decompressed, limits.Changes, limits.Row = int(c.Limits.Session), c.Limits.Records, int(c.Limits.Row)
+	limits.Encoded = min(limits.Encoded, limits.Decompressed)
+	intake := stages.NewIntake(stages.IntakeConfig{Limits: limits}, mirror, current, input{q}, q, kick, log.Named("intake"))
+	merge := stages.NewMerge(stages.MergeConfig{}, mirror, current, kick, log.Named("merge"))
+	reply := stages.NewReply(stages.ReplyConfig{PageSize: int(c.Limits.Page), WaitSource: time.Duration(c.Reply.WaitSource)}, mirror, current, q, log.Named("reply"))
+	sessions := stages.NewSessions(mirror)
+	gateway := queue.NewGateway(q, queue.GatewayConfig{Hold: time.Duration(c.Reply.Hold), Applied: sessions.Close},
+		enroller(users, mirror, done.Definitions, done.Epoch), sessions.Status, log)
+	captureUp := capture.New(capture.Config{Direction: capture.Up, Server: c.Mirror.DSN, Mirror: c.Mirror.DSN, Slot: schema.SlotUp(done.Epoch),
+		Publication: schema.PublicationUp, Queue: publisher{q, queue.Up}, Log: log})
+	captureDown := capture.New(capture.Config{Direction: capture.Down, Server: c.Source.DSN, Mirror: c.Mirror.DSN, Slot: schema.SlotDown(done.Epoch),
+		Publication: schema.PublicationDown, Queue: publisher{q, queue.Down}, Log: log})
+	applyUp := apply.NewUp(apply.UpConfig{Mirror: c.Mirror.DSN, Source: c.Source.DSN, Tables: tables, Changes: changes{q, queue.Up}, Log: log})
+	applyDown := apply.NewDown(apply.DownConfig{Mirror: c.Mirror.DSN, Tables: tables, Changes: changes{q, queue.Down}, Log: log})
+	for _, list := range [][]prometheus.Collector{intake.Metrics(), merge.Metrics(), reply.Metrics(), captureUp.Metrics(), captureDown.Metrics(),
+		applyUp.Metrics(), applyDown.Metrics()} {
+		metrics.MustRegister(list...)
+	}
+
+	// What waits for work by itself is not polled for it (Poll < 0).
+	sizes := c.Pools.sizes()
+	var pools []*stages.Pool
+	for _, p := range []struct {
+		stage  string
+		poll   time.Duration
+		worker func() stages.Worker
+	}{
+		{"gateway", -1, func() stages.Worker { return stages.Loop("answers devices", gateway.Run) }},
+		{"intake", -1, intake.Worker},
+		{"merge", 0, merge.Worker},
+		{"reply", 0, reply.Worker},
+		{"capture-up", -1, newRunner(captureUp.Run, tellCapture(captureUp))},
+		{"apply-up", -1, newRunner(applyUp.Run, tellApply(applyUp.Stats))},
+		{"capture-down", -1, newRunner(captureDown.Run, tellCapture(captureDown))},
+		{"apply-down", -1, newRunner(applyDown.Run, tellApply(applyDown.Stats))},
+	} {
+		if sizes[p.stage] == 0 {
+			continue // another process's work
+		}
+		pool := stages.NewPool(stages.PoolConfig{Stage: p.stage, Size: sizes[p.stage], Poll: p.poll, Grace: grace}, mirror, p.worker, log)
+		pools = append(pools, pool)
+		withdraw, err := q.Announce(p.stage, "1.0.0", func() any { return pool.Snapshot() })
+		if err != nil {
+			return err
+		}
+		defer withdraw()
+	}
+	if err := forwardKicks(support, sup, q, pools); err != nil {
+		return err
+	}
+
+	// A pool ends when work ends, and not before, unless it fails for good.
+	run, work := errgroup.WithContext(work)
+	for _, p := range pools {
+		run.Go(func() error { return p.Run(work) })
+	}
+	info := Info{NATS: natsAddress(c, broker), Health: healthURL, Epoch: done.Epoch, Tables: len(done.Tables), Keys: broker.Secrets}
+	if broker.Embedded != nil {
+		info.WebSocket, info.Keys = broker.Embedded.WebsocketURL(), broker.Embedded.Secrets()
+	}
+	log.Info("serving", zap.String("nats", info.NATS), zap.String("health", info.Health), zap.String("epoch", info.Epoch), zap.Int("tables", info.Tables))
+	if ready != nil {
+		ready(info)
+	}
+	<-work.Done()
+	listener.Leave()
+	log.Info("stopping: taking nothing more, finishing what is under way")
+	return run.Wait()
+}
+
+// mirrorConnections is how many connections to the mirror this process's stages use at the same time.
+func (c *Config) mirrorConnections() int {
+	p := c.Pools
+	return p.Intake + p.Merge + p.Reply + p.Gateway + 12
+}
+
+// forwardKicks wakes pools when there is work, and when their settings have changed.
+func forwardKicks(ctx context.Context, g *errgroup.Group, q *queue.Queue, pools []*stages.Pool) error {
+	forward := func(from <-chan struct{}, stop func(), to func()) {
+		g.Go(func() error {
+			defer stop()
+			for {
+				select {
+				case <-ctx.Done():
+					return nil
+				case <-from:
+					to()
+				}
+			}
+		})
+	}
+	for _, p := range pools {
+		switch p.Stage() {
+		case stages.StageIntake, stages.StageMerge, stages.StageReply:
+			kicks, stop, err := q.Kicked(p.Stage())
+			if err != nil {
+				return err
+			}
+			forward(kicks, stop, p.Kick)
+		}
+	}
+	changed, stop, err := q.WatchPools()
+	if err != nil {
+		return err
+	}
+	forward(changed, stop, func() {
+		for _, p := range pools {
+			p.Wake()
+		}
+	})
+	return nil
+}
+
+// checks are the conditions of readiness.
+func checks(source, mirror *pgxpool.Pool, q *queue.Queue, setUp *atomic.Bool) []health.Check {
+	ping := func(p *pgxpool.Pool) func(context.Context) error {
+		return func(ctx context.Context) error {
+			var one int
+			return p.QueryRow(ctx, "SELECT 1").Scan(&one)
+		}
+	}
+	return []health.Check{
+		{Name: "source", Run: ping(source)},
+		{Name: "mirror", Run: ping(mirror)},
+		{Name: "broker", Run: func(context.Context) error {
+			if !q.Connected() {
+				return errors.New("not connected")
+			}
+			return nil
+		}},
+		{Name: "set-up", Run: func(context.Context) error {
+			if !setUp.Load() {
+				return errors.New("migrations and initial copy are not done yet")
+			}
+			return nil
+		}},
+		{Name: "slots", Run: func(ctx context.Context) error {
+			if !setUp.Load() {
+				return nil
+			}
+			epoch, err := schema.Epoch(ctx, mirror)
+			if err != nil {
+				return err
+			}
+			return errors.Join(slotStands(ctx, source, schema.SlotDown(epoch)), slotStands(ctx, mirror, schema.SlotUp(epoch)))
+		}},
+	}
+}
+
+func slotStands(ctx context.Context, db *pgxpool.Pool, slot string) error {
+	var status string
+	err := db.QueryRow(ctx, "SELECT coalesce(wal_status, '') FROM pg_replication_slots WHERE slot_name = $1", slot).Scan(&status)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return fmt.Errorf("slot %s is missing", slot)
+	case err != nil:
+		return err
+	case status == "lost":
+		return fmt.Errorf("slot %s is lost", slot)
+	}
+	return nil
+}
+
+// depths are the streams' contents for the metrics.
+func depths(ctx context.Context, q *queue.Queue) ([]health.Queue, error) {
+	d, err := q.Depth(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := []health.Queue{}
+	for _, s := range []struct {
+		name string
+		d    queue.StreamDepth
+	}{{queue.StreamIn, d.Input}, {queue.StreamOut, d.Output}, {queue.StreamDead, d.Dead}, {queue.StreamDown, d.Down}, {queue.StreamUp, d.Up}} {
+		h := health.Queue{Name: s.name, Messages: s.d.Messages, Bytes: s.d.Bytes}
+		if !s.d.Oldest.IsZero() && s.d.Messages > 0 {
+			h.OldestSeconds = max(time.Since(s.d.Oldest).Seconds(), 0)
+		}
+		out = append(out, h)
+	}
+	return out, nil
+}
+
+// enroller lets the gateway give a device its key, and tells it its sets.
+func enroller(users *registry.Registry, mirror *pgxpool.Pool, defs *schema.Definitions, epoch string) queue.Enroller {
+	return func(ctx context.Context, user, device string, req protocol.Enrolment) (protocol.Enrolled, error) {
+		if err := users.Enrol(ctx, user, device, req.Key, req.App); err != nil {
+			return protocol.Enrolled{}, err
+		}
+		var groups []string
+		if err := mirror.QueryRow(ctx, "SELECT groups FROM waystage.app_user WHERE name = $1", user).Scan(&groups); err != nil {
+			return protocol.Enrolled{}, err
+		}
+		return protocol.Enrolled{User: user, Device: device, Sets: defs.SetsFor(groups), Epoch: epoch}, nil
+	}
+}
+
+// keep is a retention time as the pruner wants it: 0 keeps for ever.
+func keep(d Duration) time.Duration {
+	if d == 0 {
+		return 100 * 365 * day
+	}
+	return time.Duration(d)
+}
+
+// definitionsFailure says that the definitions file cannot be used.
+func definitionsFailure(c Config, err error) error {
+	return &failure{code: exitUsage, what: "the definitions cannot be used", where: c.Definitions, err: err,
+		remedy: "'waystage check' names everything at once"}
+}
+
+// setupFailure gives the set-up's refusals their exit codes.
+func setupFailure(c Config, err error) error {
+	var problems *schema.ProblemsError
+	switch {
+	case errors.As(err, &problems):
+		return &failure{code: exitPrecondition, what: "the set-up was refused", where: c.Definitions, err: problems,
+			remedy: "'waystage check' names everything at once"}
+	case errors.Is(err, schema.ErrRecopy):
+		return &failure{code: exitAttention, what: "the mirror cannot go on as it is", err: err,
+			remedy: "look before anything else; then 'waystage serve --recopy' makes a new epoch and copies all tables anew (devices keep their unsent changes)"}
+	case errors.Is(err, schema.ErrNewer), errors.Is(err, schema.ErrWrongDatabase):
+		return &failure{code: exitPrecondition, what: "the set-up was refused", err: err}
+	case errors.Is(err, context.Canceled):
+		return err
+	}
+	return &failure{code: exitCode(err), what: "the set-up failed", err: err, remedy: "it can be started again: it goes on or begins anew"}
+}
+
+// natsAddress is where devices connect.
+func natsAddress(c Config, b queue.Broker) string {
+	if b.Embedded != nil {
+		return b.Embedded.URL()
+	}
+	return strings.Join(c.NATS.External.URLs, ",")
+}
+
+// splitAddress cuts host and port of a listen address; port 0 takes a free one.
+func splitAddress(key, address string) (host string, port int, err error) {
+	bad := func(why error) error {
+		return &failure{code: exitUsage, what: "an address of the configuration cannot be used", where: key, err: why, remedy: "write host:port, for example 0.0.0.0:4222"}
+	}
+	host, text, err := net.SplitHostPort(address)
+	if err != nil {
+		return "", 0, bad(err)
+	}
+	p, err := net.LookupPort("tcp", text)
+	if err != nil {
+		return "", 0, bad(err)
+	}
+	return host, p, nil
+}
