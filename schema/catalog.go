@@ -405,14 +405,19 @@ func readDefaults(ctx context.Context, tx pgx.Tx, byOID map[uint32]*Table) error
 		if slices.ContainsFunc(f.functions, func(id int64) bool { return slices.Contains(moving, id) }) {
 			continue
 		}
-		value, ok, err := evaluate(ctx, tx, f.expr)
-		if err != nil {
-			return err
-		}
 		t := byOID[f.oid]
 		for i := range t.Columns {
-			if ok && t.Columns[i].Name == f.name {
-				t.Columns[i].Default = value
+			c := &t.Columns[i]
+			if c.Name != f.name {
+				continue
+			}
+			// With the column's own scale and length, which the printed expression leaves out.
+			value, ok, err := evaluate(ctx, tx, "("+f.expr+")::"+c.Type)
+			if err != nil {
+				return err
+			}
+			if ok {
+				c.Default = value
 			}
 		}
 	}
