@@ -2,12 +2,9 @@ package stages
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"slices"
-	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -159,10 +156,6 @@ func (in *Intake) process(ctx context.Context, reqs []*incoming) error {
 			open = append(open, r)
 		}
 	}
-	// In the order in which rows are locked, and of sessions.
-	slices.SortStableFunc(open, func(a, b *incoming) int {
-		return cmp.Or(strings.Compare(a.req.Incarnation, b.req.Incarnation), cmp.Compare(a.req.N, b.req.N))
-	})
 	var back []*incoming // redelivered, with a reply that may be gone
 	if len(open) > 0 {
 		var err error

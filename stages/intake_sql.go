@@ -108,7 +108,7 @@ func (in *Intake) devices(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 	return nil
 }
 
-// ledgers applies rule D4 to the requests that are still open, which are in the order of incarnation and number.
+// ledgers applies rule D4 to the requests that are still open, in the order in which they came.
 func (in *Intake) ledgers(ctx context.Context, tx pgx.Tx, reqs []*incoming) error {
 	var all, newIDs []string
 	var newDevices []int64
@@ -209,6 +209,10 @@ func (in *Intake) insert(ctx context.Context, tx pgx.Tx, reqs []*incoming) error
 	var ns, devices []int64
 	var hashes [][]byte
 	var oldest []*time.Time
+	last := map[string]int{} // the last session of each incarnation stands for it
+	for i, r := range reqs {
+		last[r.req.Incarnation] = i
+	}
 	for i, r := range reqs {
 		apps, devices = append(apps, clean(r.req.App)), append(devices, r.deviceID)
 		t, err := time.Parse(time.RFC3339, r.req.Oldest)
@@ -217,8 +221,8 @@ func (in *Intake) insert(ctx context.Context, tx pgx.Tx, reqs []*incoming) error
 		} else {
 			oldest = append(oldest, &t)
 		}
-		if i+1 < len(reqs) && reqs[i+1].req.Incarnation == r.req.Incarnation {
-			continue // a later session of the same incarnation stands for it
+		if last[r.req.Incarnation] != i {
+			continue
 		}
 		ids, ns, hashes = append(ids, r.req.Incarnation), append(ns, r.req.N), append(hashes, r.hash)
 	}

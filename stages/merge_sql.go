@@ -86,23 +86,26 @@ func newTableSQL(t *schema.Table, key string) *tableSQL {
 JOIN waystage.session e ON e.id = s.session_id
 LEFT JOIN %s m ON %s`, t.Ident(), on)
 	q.facts = selectFacts + fmt.Sprintf("\nFROM waystage.staging s %s\nWHERE s.tbl = %d AND s.session_id = ANY ($1::bigint[]) AND s.bad_code IS NULL\nORDER BY s.session_id, s.idx", rest, t.ID)
-	records := fmt.Sprintf("unnest($1::bigint[], $2::int[]) AS d(sid, idx)\nJOIN waystage.staging s ON s.tbl = %d AND s.session_id = d.sid AND s.idx = d.idx", t.ID)
-	q.factsOf = selectFacts + "\nFROM " + records + rest + "\nWHERE s.bad_code IS NULL\nORDER BY s.session_id, s.idx"
+	// The records stand in a subquery of their own (OFFSET 0), so that no value of another staged record is cast.
+	records := fmt.Sprintf(`(SELECT s.* FROM unnest($1::bigint[], $2::int[]) AS d(sid, idx)
+	JOIN waystage.staging s ON s.tbl = %d AND s.session_id = d.sid AND s.idx = d.idx WHERE s.bad_code IS NULL OFFSET 0) s`, t.ID)
+	q.factsOf = selectFacts + "\nFROM " + records + rest + "\nORDER BY s.session_id, s.idx"
 
 	q.change = fmt.Sprintf(`INSERT INTO waystage.change (session_id, idx, device_id, incarnation, n, tbl, tname, op, key, state, stamp, version, bver,
 	base, img, old, old_version, old_lw, old_mver, code, detail, winner, decided_at)
-SELECT s.session_id, s.idx, e.device_id, e.incarnation, e.n, s.tbl, s.tname, s.op, ARRAY[%s]::text[], d.state, $7::bigint, d.version, s.bver,
+SELECT s.session_id, s.idx, e.device_id, e.incarnation, e.n, s.tbl, s.tname, s.op, ARRAY[%s]::text[], s.state, $7::bigint, s.version, s.bver,
 	s.base, s.img, CASE WHEN m._ws_version IS NOT NULL THEN jsonb_object(ARRAY[%s]::text[], ARRAY[%s]::text[]) END,
-	coalesce(m._ws_version, 0), m._ws_lw, coalesce(m._ws_mver, 0), nullif(d.code, ''), nullif(d.detail, ''),
-	CASE WHEN d.state = 'rejected' THEN CASE
+	coalesce(m._ws_version, 0), m._ws_lw, coalesce(m._ws_mver, 0), nullif(s.code, ''), nullif(s.detail, ''),
+	CASE WHEN s.state = 'rejected' THEN CASE
 		WHEN m._ws_version IS NULL THEN (SELECT v.user_name || '/' || v.name FROM waystage.change c JOIN waystage.device v ON v.id = c.device_id
 			WHERE c.tbl = s.tbl AND c.key = s.key AND c.state = 'merged' AND c.op = 'D' ORDER BY c.id DESC LIMIT 1)
 		ELSE coalesce((SELECT v.user_name || '/' || v.name FROM waystage.incarnation i JOIN waystage.device v ON v.id = i.device_id WHERE i.id = m._ws_lw), 'source')
 	END END,
-	CASE WHEN d.state = 'rejected' THEN clock_timestamp() END
-FROM unnest($1::bigint[], $2::int[], $3::text[], $4::bigint[], $5::text[], $6::text[]) WITH ORDINALITY AS d(sid, idx, state, version, code, detail, ord)
-JOIN waystage.staging s ON s.tbl = %d AND s.session_id = d.sid AND s.idx = d.idx%s
-ORDER BY d.ord`, strings.Join(canon, ", "), strings.Join(names, ", "), strings.Join(texts, ", "), t.ID, rest)
+	CASE WHEN s.state = 'rejected' THEN clock_timestamp() END
+FROM (SELECT d.state, d.version, d.code, d.detail, d.ord, s.* FROM unnest($1::bigint[], $2::int[], $3::text[], $4::bigint[], $5::text[], $6::text[])
+		WITH ORDINALITY AS d(sid, idx, state, version, code, detail, ord)
+	JOIN waystage.staging s ON s.tbl = %d AND s.session_id = d.sid AND s.idx = d.idx OFFSET 0) s%s
+ORDER BY s.ord`, strings.Join(canon, ", "), strings.Join(names, ", "), strings.Join(texts, ", "), t.ID, rest)
 
 	q.insert = fmt.Sprintf(`INSERT INTO %s (%s, _ws_version, _ws_lw, _ws_mver)
 SELECT %s, $3::bigint, e.incarnation, $3::bigint

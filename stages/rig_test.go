@@ -1,0 +1,682 @@
+package stages
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/waystage/waystage/internal/pgtest"
+	"github.com/waystage/waystage/protocol"
+	"github.com/waystage/waystage/schema"
+)
+
+func TestMain(m *testing.M) { pgtest.MainNoLeaks(m) }
+
+func testContext(t testing.TB) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+const sourceTables = `
+CREATE TYPE public.mood AS ENUM ('calm', 'upset');
+CREATE TABLE public.assignment (nurse text, patient int, PRIMARY KEY (nurse, patient));
+CREATE TABLE public.patient (id int PRIMARY KEY, name varchar(10), weight numeric(6,2), active boolean, mood public.mood, doc jsonb,
+	pic bytea, tags text[], secret text);
+CREATE TABLE public.visit (id text PRIMARY KEY, patient int, at timestamptz, note text);
+CREATE TABLE public.code (k char(4), seq int, label text, PRIMARY KEY (k, seq));
+CREATE TABLE public.region (id int PRIMARY KEY, name text);
+CREATE TABLE public.measure (id numeric PRIMARY KEY, flag boolean);
+`
+
+const definitions = `
+version: 1
+subscriptions:
+  assignments: {table: public.assignment, direction: download-only, key: nurse, rows: "select :user"}
+  patients:
+    table: public.patient
+    columns: [id, name, weight, active, mood, doc, pic, tags]
+    key: id
+    rows: select patient from public.assignment where nurse = :user
+  visits:
+    table: public.visit
+    key: patient
+    rows: select patient from public.assignment where nurse = :user
+    allow: [insert, update, delete]
+  codes: {table: public.code, allow: [update]}
+  regions: {table: public.region, direction: download-only}
+  measures: {table: public.measure}
+sets:
+  care: [patients, visits, assignments]
+  base: [codes, regions, measures]
+groups:
+  nurses: {sets: [care, base]}
+  clerks: {sets: [base]}
+`
+
+// rig is a mirror with the test tables, the three stages, and a queue in memory.
+type rig struct {
+	t      testing.TB
+	ctx    context.Context
+	db     *pgxpool.Pool
+	tables []*schema.Table
+	cat    *Catalog
+	q      *memQueue
+	intake *Intake
+	merge  *Merge
+	reply  *Reply
+	mu     sync.Mutex
+	kicks  map[string]int
+}
+
+func newRig(t testing.TB) *rig { return newRigOf(t, sourceTables, definitions) }
+
+func newRigOf(t testing.TB, ddl, defs string) *rig {
+	t.Helper()
+	ctx := testContext(t)
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	sourceDSN, mirrorDSN := pgtest.Source(t), pgtest.Mirror(t)
+	source, err := schema.Connect(ctx, sourceDSN, "test")
+	must(err)
+	defer source.Close(ctx)
+	_, err = source.Exec(ctx, ddl)
+	must(err)
+	d, problems := schema.ParseDefinitions("test.yaml", []byte(defs))
+	if d == nil {
+		t.Fatal(problems)
+	}
+	tables, problems, err := schema.ReadTables(ctx, source, d.TableNames())
+	must(err)
+	problems = append(problems, d.Check(tables)...)
+	if _, err := schema.Refusing(problems); err != nil {
+		t.Fatal(err)
+	}
+	must(schema.MigrateMirror(ctx, mirrorDSN))
+	conn, err := schema.Connect(ctx, mirrorDSN, "test")
+	must(err)
+	defer conn.Close(ctx)
+	must(schema.EnsureMirror(ctx, conn, tables, d))
+	cfg, err := schema.Config(mirrorDSN, "test")
+	must(err)
+	cfg.MaxConns = 8
+	db, err := pgxpool.NewWithConfig(ctx, cfg)
+	must(err)
+	t.Cleanup(db.Close)
+	r := &rig{t: t, ctx: ctx, db: db, tables: tables, cat: NewCatalog("e1", d, tables), q: newMemQueue(), kicks: map[string]int{}}
+	catalog := func() *Catalog { return r.cat }
+	kick := func(stage string) {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.kicks[stage]++
+	}
+	r.intake = NewIntake(IntakeConfig{Wait: time.Millisecond, SeriesRetry: time.Millisecond, Retry: time.Millisecond}, db, catalog, r.q, r.q, kick, nil)
+	r.merge = NewMerge(MergeConfig{Hold: 50 * time.Millisecond}, db, catalog, kick, nil)
+	r.reply = NewReply(ReplyConfig{Hold: 50 * time.Millisecond}, db, catalog, r.q, nil)
+	return r
+}
+
+func (r *rig) exec(sql string, args ...any) {
+	r.t.Helper()
+	if _, err := r.db.Exec(r.ctx, sql, args...); err != nil {
+		r.t.Fatalf("%s: %v", sql, err)
+	}
+}
+
+// value reads one value as text; absent is "<none>".
+func (r *rig) value(sql string, args ...any) string {
+	r.t.Helper()
+	rows, err := r.db.Query(r.ctx, sql, args...)
+	if err != nil {
+		r.t.Fatalf("%s: %v", sql, err)
+	}
+	defer rows.Close()
+	out := "<none>"
+	for rows.Next() {
+		v, err := rows.Values()
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		if out = fmt.Sprint(v[0]); v[0] == nil {
+			out = "<null>"
+		}
+	}
+	if err := rows.Err(); err != nil {
+		r.t.Fatalf("%s: %v", sql, err)
+	}
+	return out
+}
+
+func (r *rig) want(want, sql string, args ...any) {
+	r.t.Helper()
+	if got := r.value(sql, args...); got != want {
+		r.t.Fatalf("%s: got %s, want %s", sql, got, want)
+	}
+}
+
+// user makes a user with a device in these groups, as the registry would.
+func (r *rig) user(name string, groups ...string) *dev {
+	r.t.Helper()
+	r.exec(`INSERT INTO waystage.app_user (name, password_hash, groups) VALUES ($1, 'x', $2)`, name, groups)
+	return r.device(name, "phone")
+}
+
+func (r *rig) device(user, name string) *dev {
+	r.t.Helper()
+	r.exec(`INSERT INTO waystage.device (user_name, name) VALUES ($1, $2)`, user, name)
+	return &dev{r: r, user: user, name: name, inc: randomID() + randomID(), epoch: "e1", sets: map[string]*devSet{}}
+}
+
+func noop(string) {}
+
+// pump runs the stages until nothing moves.
+func (r *rig) pump() {
+	r.t.Helper()
+	for {
+		n := 0
+		for _, w := range []Worker{r.intake, r.merge, r.reply} {
+			i, err := w.Batch(r.ctx, r.ctx, noop)
+			if err != nil {
+				r.t.Fatal(err)
+			}
+			n += i
+		}
+		if n == 0 {
+			return
+		}
+	}
+}
+
+// dev is a device that applies replies as the rules demand.
+type dev struct {
+	r                *rig
+	user, name, inc  string
+	n                int64
+	epoch            string
+	sets             map[string]*devSet
+	contentType, enc string
+	wait             string
+	last             *protocol.Request // the open or last request
+}
+
+type devSet struct {
+	cursor string
+	schema *protocol.Definitions
+	rows   map[string]map[string]devRow // table -> key -> row
+}
+
+type devRow struct {
+	version string
+	vals    map[string]*string
+}
+
+func (d *dev) set(name string) *devSet {
+	if d.sets[name] == nil {
+		d.sets[name] = &devSet{rows: map[string]map[string]devRow{}}
+	}
+	return d.sets[name]
+}
+
+func str(s string) *string { return &s }
+
+func vals(list ...any) []protocol.Value {
+	out := make([]protocol.Value, len(list))
+	for i, v := range list {
+		if v != nil {
+			out[i] = str(fmt.Sprint(v))
+		}
+	}
+	return out
+}
+
+func row(kv ...any) map[string]*string {
+	m := map[string]*string{}
+	for i := 0; i < len(kv); i += 2 {
+		m[kv[i].(string)] = nil
+		if kv[i+1] != nil {
+			m[kv[i].(string)] = str(fmt.Sprint(kv[i+1]))
+		}
+	}
+	return m
+}
+
+// layouts that the test device uses.
+var layouts = map[string][]string{
+	"public.patient": {"id", "name", "weight", "active", "mood", "doc", "pic", "tags"},
+	"public.visit":   {"id", "patient", "at", "note"},
+	"public.code":    {"k", "seq", "label"},
+	"public.region":  {"id", "name"},
+	"public.measure": {"id", "flag"},
+}
+
+var keyColumns = map[string]int{"public.code": 2}
+
+// change makes a change from the base (nil: none) and new (nil: delete) rows.
+func change(table, version string, base, img map[string]*string) protocol.Change {
+	cols := layouts[table]
+	c := protocol.Change{Table: table, Version: version, Op: protocol.Update}
+	from := img
+	image := func(m map[string]*string) []protocol.Value {
+		out := make([]protocol.Value, len(cols))
+		for i, name := range cols {
+			out[i] = m[name]
+		}
+		return out
+	}
+	switch {
+	case img == nil:
+		c.Op, from = protocol.Delete, base
+	case base == nil && version == "":
+		c.Op = protocol.Insert
+	}
+	if base != nil {
+		c.Base = image(base)
+	}
+	if img != nil {
+		c.New = image(img)
+	}
+	for _, name := range cols[:max(1, keyColumns[table])] {
+		c.Key = append(c.Key, from[name])
+	}
+	return c
+}
+
+// edit makes an update of a row that the device has.
+func (d *dev) edit(set, table, key string, kv ...any) protocol.Change {
+	d.r.t.Helper()
+	have, ok := d.set(set).rows[table][key]
+	if !ok {
+		d.r.t.Fatalf("device %s has no %s %s", d.user, table, key)
+	}
+	img := maps.Clone(have.vals)
+	maps.Copy(img, row(kv...))
+	return change(table, have.version, have.vals, img)
+}
+
+func (d *dev) remove(set, table, key string) protocol.Change {
+	d.r.t.Helper()
+	have, ok := d.set(set).rows[table][key]
+	if !ok {
+		d.r.t.Fatalf("device %s has no %s %s", d.user, table, key)
+	}
+	return change(table, have.version, have.vals, nil)
+}
+
+// request makes the next request.
+func (d *dev) request(set string, changes ...protocol.Change) *protocol.Request {
+	d.n++
+	req := &protocol.Request{
+		V: 1, Incarnation: d.inc, N: d.n, Nonce: randomID(), Set: set, Cursor: d.set(set).cursor, Epoch: d.epoch, Changes: changes, Wait: d.wait,
+	}
+	if s := d.set(set).schema; s != nil {
+		req.Schema = s.Hash
+	}
+	for _, name := range slices.Sorted(maps.Keys(layouts)) {
+		if slices.ContainsFunc(changes, func(c protocol.Change) bool { return c.Table == name }) {
+			req.Columns = append(req.Columns, protocol.Layout{Table: name, Columns: layouts[name]})
+		}
+	}
+	d.last = req
+	return req
+}
+
+func (d *dev) token() string { return protocol.SessionToken(d.last.Incarnation, d.last.N) }
+
+func (d *dev) encode(req *protocol.Request) []byte {
+	d.r.t.Helper()
+	if d.contentType == "" {
+		d.contentType = protocol.ContentCBOR
+	}
+	body, err := protocol.Encode(req, d.contentType)
+	if err == nil {
+		body, err = protocol.Compress(body, d.enc)
+	}
+	if err != nil {
+		d.r.t.Fatal(err)
+	}
+	return body
+}
+
+func (d *dev) send(req *protocol.Request) {
+	d.r.t.Helper()
+	d.r.q.put(d.user, d.name, protocol.SessionToken(req.Incarnation, req.N), 1, 1, d.contentType, d.enc, d.encode(req))
+}
+
+// sync does a whole session.
+func (d *dev) sync(set string, changes ...protocol.Change) map[int]protocol.Verdict {
+	d.r.t.Helper()
+	d.send(d.request(set, changes...))
+	d.r.pump()
+	return d.receive()
+}
+
+// pages reads the reply to the open session, if it is whole.
+func (d *dev) pages() []*protocol.Page {
+	d.r.t.Helper()
+	var list []*protocol.Page
+	for i := 1; ; i++ {
+		m, ok := d.r.q.get(d.user, d.name, d.token(), i)
+		if !ok {
+			d.r.t.Fatalf("page %d of session %s is not there", i, d.token())
+		}
+		body, err := protocol.Decompress(m.body, m.encoding, 0)
+		if err != nil {
+			d.r.t.Fatal(err)
+		}
+		p, err := protocol.DecodePage(body, m.contentType, protocol.Limits{})
+		if err != nil {
+			d.r.t.Fatal(err)
+		}
+		if len(list) > 0 && p.Reply != list[0].Reply {
+			d.r.t.Fatalf("pages of two compositions: %s, %s", list[0].Reply, p.Reply)
+		}
+		if p.Page != i {
+			d.r.t.Fatalf("page %d says that it is page %d", i, p.Page)
+		}
+		list = append(list, p)
+		if p.Last {
+			return list
+		}
+	}
+}
+
+// receive applies the reply in one go and returns the verdicts on this session's records.
+func (d *dev) receive() map[int]protocol.Verdict {
+	d.r.t.Helper()
+	pages := d.pages()
+	if pages[0].Error != nil {
+		d.r.t.Fatalf("session %s was refused: %v", d.token(), pages[0].Error)
+	}
+	return d.apply(pages)
+}
+
+func (d *dev) apply(pages []*protocol.Page) map[int]protocol.Verdict {
+	d.r.t.Helper()
+	set := d.set(d.last.Set)
+	verdicts := map[int]protocol.Verdict{}
+	for _, p := range pages {
+		if p.Incarnation != d.last.Incarnation || p.N != d.last.N || p.Nonce != d.last.Nonce || p.CursorFrom != d.last.Cursor {
+			d.r.t.Fatalf("page %d is not an answer to the open session", p.Page)
+		}
+		if p.Schema != nil {
+			set.schema = p.Schema
+		}
+		if p.Refresh {
+			set.rows = map[string]map[string]devRow{}
+		}
+		for _, t := range p.Tables {
+			rows := set.rows[t.Table]
+			if rows == nil {
+				rows = map[string]devRow{}
+				set.rows[t.Table] = rows
+			}
+			def := set.schema.Tables[slices.IndexFunc(set.schema.Tables, func(x protocol.Table) bool { return x.Name == t.Table })]
+			for _, gone := range t.Gone {
+				maps.DeleteFunc(rows, func(_ string, r devRow) bool { return *r.vals[def.SubsetKey] == gone })
+			}
+			for _, key := range t.Deletes {
+				delete(rows, showKey(key))
+			}
+			for _, r := range t.Rows {
+				img := map[string]*string{}
+				for i, c := range t.Columns {
+					img[c] = r.Values[i]
+				}
+				var key []protocol.Value
+				for _, k := range def.Key {
+					key = append(key, img[k])
+				}
+				rows[showKey(key)] = devRow{r.Version, img}
+			}
+		}
+		for _, v := range p.Verdicts {
+			if v.Incarnation == d.inc && v.N == d.last.N {
+				verdicts[v.Index] = v
+			}
+		}
+		if p.Last {
+			set.cursor = p.Cursor
+		}
+	}
+	return verdicts
+}
+
+func showKey(key []protocol.Value) string {
+	s := ""
+	for i, k := range key {
+		if i > 0 {
+			s += "|"
+		}
+		s += *k
+	}
+	return s
+}
+
+// has tells the value of a column, "<none>" without the row.
+func (d *dev) has(set, table, key, column string) string {
+	r, ok := d.set(set).rows[table][key]
+	switch {
+	case !ok:
+		return "<none>"
+	case r.vals[column] == nil:
+		return "<null>"
+	}
+	return *r.vals[column]
+}
+
+func (d *dev) want(want, set, table, key, column string) {
+	d.r.t.Helper()
+	if got := d.has(set, table, key, column); got != want {
+		d.r.t.Fatalf("device %s: %s %s.%s is %s, want %s", d.user, table, key, column, got, want)
+	}
+}
+
+// state tells a verdict in short.
+func state(v protocol.Verdict) string {
+	if v.Code != "" {
+		return v.State + " " + string(v.Code)
+	}
+	return v.State
+}
+
+func (d *dev) verdict(got map[int]protocol.Verdict, want ...string) {
+	d.r.t.Helper()
+	if len(got) != len(want) {
+		d.r.t.Fatalf("%d verdicts, want %d: %v", len(got), len(want), got)
+	}
+	for i, w := range want {
+		if s := state(got[i]); s != w {
+			d.r.t.Fatalf("record %d: %s (%s), want %s", i, s, got[i].Detail, w)
+		}
+	}
+}
+
+// memQueue is both queues in memory.
+type memQueue struct {
+	mu    sync.Mutex
+	parts []*memPart
+	pages map[string]memPage
+	dead  []string
+	ready []string
+	fail  func(op, subject string) error // of a call, before it has had its effect
+}
+
+type memPart struct {
+	Part
+	taken bool
+	gone  bool
+	at    time.Time // not before
+	q     *memQueue
+}
+
+type memPage struct {
+	contentType, encoding string
+	body                  []byte
+}
+
+func newMemQueue() *memQueue { return &memQueue{pages: map[string]memPage{}} }
+
+func (q *memQueue) put(user, device, session string, i, k int, contentType, encoding string, data []byte) {
+	q.putAt(time.Now(), user, device, session, i, k, contentType, encoding, data)
+}
+
+func (q *memQueue) putAt(at time.Time, user, device, session string, i, k int, contentType, encoding string, data []byte) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	p := &memPart{q: q, Part: Part{User: user, Device: device, Session: session, Index: i, Total: k, ContentType: contentType,
+		Encoding: encoding, Data: data, ReceivedAt: at}}
+	p.Delivery = p
+	q.parts = append(q.parts, p)
+}
+
+func (q *memQueue) failing(op, subject string) error {
+	if q.fail != nil {
+		return q.fail(op, subject)
+	}
+	return nil
+}
+
+func (q *memQueue) Fetch(ctx context.Context, limit int, wait time.Duration) ([]*Part, error) {
+	for end := time.Now().Add(wait); ; {
+		q.mu.Lock()
+		var out []*Part
+		for _, p := range q.parts {
+			if !p.taken && !p.gone && time.Now().After(p.at) && len(out) < limit {
+				p.taken = true
+				p.Deliveries++
+				c := p.Part
+				out = append(out, &c)
+			}
+		}
+		q.mu.Unlock()
+		if len(out) > 0 || time.Now().After(end) {
+			return out, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(time.Millisecond):
+		}
+	}
+}
+
+func (q *memQueue) AckAll(_ context.Context, parts []*Part) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if err := q.failing("ack", ""); err != nil {
+		return err
+	}
+	for _, p := range parts {
+		p.Delivery.(*memPart).gone = true
+	}
+	q.parts = slices.DeleteFunc(q.parts, func(p *memPart) bool { return p.gone })
+	return nil
+}
+
+func (p *memPart) Series(context.Context) ([]*Part, error) {
+	p.q.mu.Lock()
+	defer p.q.mu.Unlock()
+	all := make([]*Part, p.Total)
+	for _, o := range p.q.parts {
+		if o.User == p.User && o.Device == p.Device && o.Session == p.Session && o.Total == p.Total && !o.gone {
+			c := o.Part
+			all[o.Index-1] = &c
+		}
+	}
+	return all, nil
+}
+
+func (p *memPart) Nak(delay time.Duration) error {
+	p.q.mu.Lock()
+	defer p.q.mu.Unlock()
+	p.taken, p.at = false, time.Now().Add(delay)
+	return nil
+}
+
+func (p *memPart) DeadLetter(_ context.Context, reason string) error {
+	p.q.mu.Lock()
+	defer p.q.mu.Unlock()
+	p.gone = true
+	p.q.dead = append(p.q.dead, reason)
+	return nil
+}
+
+// redeliver makes everything that was taken and not acknowledged available again, as after a crash.
+func (q *memQueue) redeliver() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for _, p := range q.parts {
+		p.taken, p.at = false, time.Time{}
+	}
+}
+
+func (q *memQueue) waiting() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(slices.DeleteFunc(slices.Clone(q.parts), func(p *memPart) bool { return p.gone }))
+}
+
+func pageSubject(user, device, session string, page int) string {
+	return user + "." + device + "." + session + "." + strconv.Itoa(page)
+}
+
+func (q *memQueue) PutPage(ctx context.Context, user, device, session string, page int, contentType, encoding string, data []byte) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	subject := pageSubject(user, device, session, page)
+	if err := q.failing("page", subject); err != nil {
+		return err
+	}
+	q.pages[subject] = memPage{contentType, encoding, bytes.Clone(data)}
+	return nil
+}
+
+func (q *memQueue) Pages(_ context.Context, user, device, session string) (n int, err error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for i := 1; ; i++ {
+		if _, ok := q.pages[pageSubject(user, device, session, i)]; !ok {
+			return n, nil
+		}
+		n++
+	}
+}
+
+func (q *memQueue) Ready(user, device, session string, pages int) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.ready = append(q.ready, fmt.Sprintf("%s.%s.%s %d", user, device, session, pages))
+	return nil
+}
+
+func (q *memQueue) get(user, device, session string, page int) (memPage, bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	p, ok := q.pages[pageSubject(user, device, session, page)]
+	return p, ok
+}
+
+func (q *memQueue) purge() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	clear(q.pages)
+}
+
+var errTest = errors.New("the test makes this fail")
