@@ -400,7 +400,7 @@ func (m *deviceModel) writer(dev int, sid uint8) writerID {
 	return writerID(1 + m.owner(dev)<<3 + sid>>4)
 }
 
-// merged says how often a session was merged.
+// find is what the server remembers of a session, with its place; -1: nothing.
 func (t takenSet) find(dev, sid uint8) (taken, int) {
 	for i, e := range t.t[:t.n] {
 		if e.dev == dev && e.sid == sid {
