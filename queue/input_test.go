@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"testing"
 	"time"
 
@@ -93,10 +94,12 @@ func TestFetchTakesWhatIsThere(t *testing.T) {
 		return err
 	})
 	// One that comes later ends the wait at once.
-	go func() {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() {
 		time.Sleep(20 * time.Millisecond)
 		d.put(session(1000), "1-1", []byte("late"), nil)
-	}()
+	})
 	if late, err := b.q.Fetch(within(t), 10, patience); err != nil || len(late) != 1 || string(late[0].Data) != "late" {
 		t.Fatal(late, err)
 	}
