@@ -81,7 +81,7 @@ func TestReadTablesRefuses(t *testing.T) {
 		"pg_catalog.pg_class": "belongs to PostgreSQL",
 		"test.nokye_index":    `"test.nokey_index"`,
 		"nokey_index":         `"test.nokey_index"`,
-		"zzz.qqqqqqqqq":     "case-sensitive",
+		"zzz.qqqqqqqqq":       "case-sensitive",
 	} {
 		tables, problems, err := ReadTables(ctx, conn, []string{name})
 		if err != nil || len(tables) != 0 || len(problems) != 1 || !strings.Contains(problems[0].String(), want) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 )
@@ -39,7 +40,10 @@ func (f *findings) add(level Level, code, remedy, format string, args ...any) {
 	f.list = append(f.list, Finding{Level: level, Code: code, Where: f.where, What: fmt.Sprintf(format, args...), Remedy: remedy})
 }
 
-const minMajor = 15
+const (
+	minMajor  = 15
+	clockSkew = 5 * time.Second
+)
 
 // Preflight looks at both databases and names everything that would keep Waystage from working safely with these
 // tables ("schema.table"), each with its remedy. suffix is that of an existing installation's slots, "" before the first start. It changes
@@ -147,12 +151,21 @@ func lookAtSource(ctx context.Context, c *pgx.Conn, f *findings, tables []string
 		return err
 	}
 	var create, made bool
-	err := c.QueryRow(ctx, `SELECT has_database_privilege(current_database(), 'CREATE'), EXISTS (SELECT 1 FROM pg_namespace WHERE nspname = 'waystage')`).Scan(&create, &made)
+	var now time.Time
+	err := c.QueryRow(ctx, `SELECT has_database_privilege(current_database(), 'CREATE'),
+		EXISTS (SELECT 1 FROM pg_namespace WHERE nspname = 'waystage' AND has_schema_privilege(oid, 'CREATE')) AND EXISTS (SELECT 1 FROM pg_publication WHERE pubname = $1),
+		clock_timestamp()`, PublicationDown).Scan(&create, &made, &now)
 	if err != nil {
 		return err
 	}
-	if !create {
+	if !create && !made {
 		f.add(Failure, "create", "GRANT CREATE ON DATABASE "+Quote(c.Config().Database)+" TO "+Quote(c.Config().User)+";", "role %s may not create schema waystage and the publication", c.Config().User)
+	}
+	if skew := time.Since(now).Abs(); skew > clockSkew {
+		f.add(Warning, "clock", "let both machines follow a time server", "this machine's clock and the server's differ by %s: times in logs and lags are wrong by as much (nothing is decided by clocks)", skew.Round(time.Second))
+	}
+	if err := lookAtOrphans(ctx, c, f, suffix); err != nil {
+		return err
 	}
 	found, problems, err := ReadTables(ctx, c, tables)
 	if err != nil {
@@ -173,18 +186,42 @@ func lookAtSource(ctx context.Context, c *pgx.Conn, f *findings, tables []string
 	return nil
 }
 
+// looseKeys are types whose equal values have several texts. A device that writes a key in another way than the server has a
+// row of its own until the source answers.
+var looseKeys = map[string]bool{"numeric": true, "real": true, "double precision": true, "interval": true, "citext": true, "public.citext": true,
+	"jsonb": true, "time with time zone": true}
+
+// lookAtOrphans names slots of mirrors that are gone: nobody reads them, and they hold back log for ever.
+func lookAtOrphans(ctx context.Context, c *pgx.Conn, f *findings, suffix string) error {
+	rows, err := c.Query(ctx, `SELECT slot_name, coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::bigint FROM pg_replication_slots
+		WHERE slot_name LIKE 'waystage\_down\_%' AND slot_name <> 'waystage_down_' || $1 AND NOT active AND database = current_database() AND NOT pg_is_in_recovery()`, suffix)
+	if err != nil {
+		return err
+	}
+	var name string
+	var retained int64
+	_, err = pgx.ForEachRow(rows, []any{&name, &retained}, func() error {
+		f.add(Warning, "slot_orphan", "if no other Waystage uses this source: SELECT pg_drop_replication_slot("+Literal(name)+");",
+			"slot %s belongs to another mirror, nobody reads it, and it holds back %s of WAL", name, byteSize(retained))
+		return nil
+	})
+	return err
+}
+
 // lookAtTable checks privileges and warns of what the source does by itself when our changes arrive.
 func lookAtTable(ctx context.Context, c *pgx.Conn, server *findings, t *Table) error {
 	f := &findings{where: t.FullName()}
 	user := c.Config().User
-	var sel, ins, upd, del, owner, rls, bypass bool
+	var sel, ins, upd, del, owner, published, rls, bypass bool
 	var triggers, cascades int
 	err := c.QueryRow(ctx, `SELECT has_table_privilege(c.oid, 'SELECT'), has_table_privilege(c.oid, 'INSERT'), has_table_privilege(c.oid, 'UPDATE'), has_table_privilege(c.oid, 'DELETE'),
-			pg_has_role(c.relowner, 'USAGE'), c.relrowsecurity AND (c.relforcerowsecurity OR NOT pg_has_role(c.relowner, 'USAGE')),
+			pg_has_role(c.relowner, 'USAGE'),
+			EXISTS (SELECT 1 FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid WHERE p.pubname = $2 AND r.prrelid = c.oid),
+			c.relrowsecurity AND (c.relforcerowsecurity OR NOT pg_has_role(c.relowner, 'USAGE')),
 			(SELECT rolbypassrls OR rolsuper FROM pg_roles WHERE rolname = current_user),
 			(SELECT count(*) FROM pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal AND tgenabled <> 'D'),
 			(SELECT count(*) FROM pg_constraint WHERE confrelid = c.oid AND contype = 'f' AND confdeltype IN ('c', 'n', 'd'))
-		FROM pg_class c WHERE c.oid = $1::text::regclass`, t.Ident()).Scan(&sel, &ins, &upd, &del, &owner, &rls, &bypass, &triggers, &cascades)
+		FROM pg_class c WHERE c.oid = $1::text::regclass`, t.Ident(), PublicationDown).Scan(&sel, &ins, &upd, &del, &owner, &published, &rls, &bypass, &triggers, &cascades)
 	if err != nil {
 		return err
 	}
@@ -205,9 +242,15 @@ func lookAtTable(ctx context.Context, c *pgx.Conn, server *findings, t *Table) e
 		f.add(level, "privileges", fmt.Sprintf("GRANT %s ON %s TO %s;", strings.Join(missing, ", "), t.Ident(), Quote(user)),
 			"role %s lacks %s: devices' changes of this kind will be refused by the source", user, strings.Join(missing, ", "))
 	}
-	if !owner {
-		f.add(Failure, "owner", fmt.Sprintf("as the owner or a superuser: GRANT <owner> TO %s; or CREATE PUBLICATION waystage FOR TABLE ... beforehand", Quote(user)),
-			"role %s does not own the table: it can't add it to a publication", user)
+	if !owner && !published {
+		f.add(Failure, "owner", fmt.Sprintf("as the owner or a superuser: CREATE PUBLICATION %[1]s FOR TABLE %[2]s; ALTER PUBLICATION %[1]s OWNER TO %[3]s; (with all tables that are to be synced)",
+			PublicationDown, t.Ident(), Quote(user)), "role %s does not own the table, so it can't add it to a publication", user)
+	}
+	for _, k := range t.Key {
+		if c, _ := t.Column(k); looseKeys[c.Type] {
+			f.add(Warning, "key_type", "let devices write keys exactly as the server does, or use another type",
+				"the key column %q is of type %s, in which equal values may be written in different ways", k, c.Type)
+		}
 	}
 	if rls && !bypass {
 		f.add(Failure, "row_security", "ALTER ROLE "+Quote(user)+" BYPASSRLS;", "row security hides rows from role %s: a hidden row would look like a deleted one", user)
