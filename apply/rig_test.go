@@ -34,7 +34,7 @@ type memQueue struct {
 	changed chan struct{}
 	msgs    []stored
 	place   uint64
-	refuse  bool                               // full: nothing is taken
+	refuse  bool                                // full: nothing is taken
 	onPut   func(m *change.Message) (times int) // how often a message is stored; nil: once
 	resets  int
 	puts    int
