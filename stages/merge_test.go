@@ -6,8 +6,7 @@ import (
 	"github.com/waystage/waystage/protocol"
 )
 
-func TestFirstSyncEditAndVerdict(t *testing.T) {
-	r := newRig(t)
+func testFirstSyncEditAndVerdict(t *testing.T, r *rig) {
 	r.exec(`INSERT INTO public.patient (id, name, weight, active, mood, doc, pic, tags, secret) VALUES
 		(1, 'ann', 61.5, true, 'calm', '{"a": 1}', '\x00ff', '{x,y}', 'hidden'), (2, 'bob', 70, false, NULL, NULL, NULL, NULL, 'hidden')`)
 	r.exec(`INSERT INTO public.assignment VALUES ('amy', 1)`)
@@ -40,8 +39,7 @@ func TestFirstSyncEditAndVerdict(t *testing.T) {
 }
 
 // two devices of two nurses who share patient 1; nurse amy has a second device.
-func shared(t *testing.T) (r *rig, amy, tab, ben *dev) {
-	r = newRig(t)
+func shared(r *rig) (amy, tab, ben *dev) {
 	r.exec(`INSERT INTO public.patient (id, name, weight) VALUES (1, 'ann', 60), (2, 'bob', 70), (3, 'cyd', 80)`)
 	r.exec(`INSERT INTO public.assignment VALUES ('amy', 1), ('amy', 2), ('ben', 1)`)
 	amy, ben = r.user("amy", "nurses"), r.user("ben", "nurses")
@@ -49,19 +47,19 @@ func shared(t *testing.T) (r *rig, amy, tab, ben *dev) {
 	for _, d := range []*dev{amy, tab, ben} {
 		d.sync("care")
 	}
-	return r, amy, tab, ben
+	return amy, tab, ben
 }
 
 const patients, visits = "public.patient", "public.visit"
 
-// TestRuleD3 goes through the accept and reject matrix on the real statements.
-func TestRuleD3(t *testing.T) {
-	r, amy, _, ben := shared(t)
+// testRuleD3 goes through the accept and reject matrix on the real statements.
+func testRuleD3(t *testing.T, r *rig) {
+	amy, _, ben := shared(r)
 	newVisit := func(id, note string) map[string]*string {
 		return row("id", id, "patient", 1, "at", "2026-05-01 10:00:00+00", "note", note)
 	}
 	t.Run("version equal", func(t *testing.T) {
-		amy.r.t, ben.r.t = t, t
+		r.t = t
 		amy.verdict(amy.sync("care", amy.edit("care", patients, "1", "name", "anna")), "merged")
 		r.want("anna", `SELECT name FROM public.patient WHERE id = 1`)
 		r.want(amy.inc, `SELECT _ws_lw FROM public.patient WHERE id = 1`)
@@ -137,9 +135,9 @@ func TestRuleD3(t *testing.T) {
 	})
 }
 
-// TestOldEpoch: after FORKED or a rebuilt mirror the base image judges (rule D13).
-func TestOldEpoch(t *testing.T) {
-	r, amy, _, _ := shared(t)
+// testOldEpoch: after FORKED or a rebuilt mirror the base image judges (rule D13).
+func testOldEpoch(t *testing.T, r *rig) {
+	amy, _, _ := shared(r)
 	good, stale := amy.edit("care", patients, "1", "name", "new"), amy.edit("care", patients, "2", "name", "new")
 	gone := amy.edit("care", patients, "1", "name", "late")
 	r.exec(`UPDATE public.patient SET weight = 1, _ws_version = DEFAULT WHERE id = 2`)
@@ -150,8 +148,8 @@ func TestOldEpoch(t *testing.T) {
 	r.want("new", `SELECT name FROM public.patient WHERE id = 1`)
 }
 
-func TestSubsetOfUploads(t *testing.T) {
-	r, amy, _, ben := shared(t)
+func testSubsetOfUploads(t *testing.T, r *rig) {
+	amy, _, ben := shared(r)
 	r.exec(`INSERT INTO public.visit (id, patient, note) VALUES ('mine', 1, 'n'), ('amys', 2, 'n'), ('nobodys', NULL, 'n')`)
 	amy.sync("care")
 	ben.sync("care")
@@ -187,8 +185,8 @@ func TestSubsetOfUploads(t *testing.T) {
 	}
 }
 
-func TestOneBadRecordIsRejectedAlone(t *testing.T) {
-	r, amy, _, _ := shared(t)
+func testOneBadRecordIsRejectedAlone(t *testing.T, r *rig) {
+	amy, _, _ := shared(r)
 	r.exec(`INSERT INTO public.code VALUES ('ab', 1, 'x')`)
 	amy.sync("base")
 	p := func(id any, kv ...any) map[string]*string {
@@ -274,8 +272,8 @@ func TestOneBadRecordIsRejectedAlone(t *testing.T) {
 	r.want(`{"ab  ",1}`, `SELECT key::text FROM waystage.change WHERE tname = 'public.code' AND state = 'merged'`)
 }
 
-func TestHiddenColumnCannotBeWritten(t *testing.T) {
-	r, amy, _, _ := shared(t)
+func testHiddenColumnCannotBeWritten(t *testing.T, r *rig) {
+	amy, _, _ := shared(r)
 	req := amy.request("care", amy.edit("care", patients, "1", "name", "x"))
 	req.Columns[0].Columns = append(req.Columns[0].Columns[:7:7], "secret")
 	amy.send(req)
@@ -288,9 +286,9 @@ func TestHiddenColumnCannotBeWritten(t *testing.T) {
 	amy.verdict(amy.receive(), "rejected invalid_record")
 }
 
-// TestEqualKeysOfAnotherForm: two texts that the key's type holds for equal are one row.
-func TestEqualKeysOfAnotherForm(t *testing.T) {
-	r, amy, tab, _ := shared(t)
+// testEqualKeysOfAnotherForm: two texts that the key's type holds for equal are one row.
+func testEqualKeysOfAnotherForm(t *testing.T, r *rig) {
+	amy, tab, _ := shared(r)
 	m := func(id, flag string) protocol.Change {
 		return change("public.measure", "", nil, row("id", id, "flag", flag))
 	}
@@ -309,9 +307,9 @@ func TestEqualKeysOfAnotherForm(t *testing.T) {
 	r.want("4", `SELECT count(*) FROM public.measure`)
 }
 
-// TestRounds: several sessions change one row in one batch.
-func TestRounds(t *testing.T) {
-	r, amy, tab, ben := shared(t)
+// testRounds: several sessions change one row in one batch.
+func testRounds(t *testing.T, r *rig) {
+	amy, tab, ben := shared(r)
 	amy.send(amy.request("care", amy.edit("care", patients, "1", "name", "first"), change(visits, "", nil, row("id", "v", "patient", 1, "note", "a"))))
 	tab.send(tab.request("care", tab.edit("care", patients, "1", "name", "second"), change(visits, "", nil, row("id", "v", "patient", 1, "note", "a"))))
 	ben.send(ben.request("care", ben.edit("care", patients, "1", "name", "first"), change(visits, "", nil, row("id", "v", "patient", 1, "note", "b"))))

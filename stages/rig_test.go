@@ -75,8 +75,32 @@ type rig struct {
 	intake *Intake
 	merge  *Merge
 	reply  *Reply
-	mu     sync.Mutex
+	mu     *sync.Mutex
 	kicks  map[string]int
+}
+
+// TestStages runs all scenarios on one mirror, each on empty tables.
+func TestStages(t *testing.T) {
+	base := newRig(t)
+	for name, run := range map[string]func(*testing.T, *rig){
+		// merge_test.go
+		"first sync, edit and verdict":      testFirstSyncEditAndVerdict,
+		"rule D3":                           testRuleD3,
+		"old epoch":                         testOldEpoch,
+		"subset of uploads":                 testSubsetOfUploads,
+		"one bad record is rejected alone":  testOneBadRecordIsRejectedAlone,
+		"a hidden column cannot be written": testHiddenColumnCannotBeWritten,
+		"equal keys of another form":        testEqualKeysOfAnotherForm,
+		"rounds":                            testRounds,
+		// intake_test.go
+		"refused requests":     testRefusedRequests,
+		"JSON and compression": testJSONAndCompression,
+		"ledger":               testLedger,
+		"series":               testSeries,
+		"poison":               testPoison,
+	} {
+		t.Run(name, func(t *testing.T) { run(t, base.reset(t)) })
+	}
 }
 
 func newRig(t testing.TB) *rig { return newRigOf(t, sourceTables, definitions) }
@@ -117,17 +141,34 @@ func newRigOf(t testing.TB, ddl, defs string) *rig {
 	db, err := pgxpool.NewWithConfig(ctx, cfg)
 	must(err)
 	t.Cleanup(db.Close)
-	r := &rig{t: t, ctx: ctx, db: db, tables: tables, cat: NewCatalog("e1", d, tables), q: newMemQueue(), kicks: map[string]int{}}
+	r := &rig{t: t, ctx: ctx, db: db, tables: tables, cat: NewCatalog("e1", d, tables), q: newMemQueue(), mu: new(sync.Mutex), kicks: map[string]int{}}
+	r.stages()
+	return r
+}
+
+// reset empties the mirror for the next scenario; making a new one costs more.
+func (r *rig) reset(t *testing.T) *rig {
+	t.Helper()
+	n := *r // shares the database
+	n.t, n.ctx, n.q, n.kicks, n.mu = t, testContext(t), newMemQueue(), map[string]int{}, new(sync.Mutex)
+	n.exec(`TRUNCATE waystage.app_user, waystage.staging, waystage.change, waystage.base, waystage.tombstone, waystage.keyset, waystage.pool,
+		public.assignment, public.patient, public.visit, public.code, public.region, public.measure CASCADE`)
+	n.exec(`DELETE FROM waystage.meta WHERE key = 'prune_bound'`)
+	n.stages()
+	return &n
+}
+
+// stages makes the stages anew, as after a restart.
+func (r *rig) stages() {
 	catalog := func() *Catalog { return r.cat }
 	kick := func(stage string) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		r.kicks[stage]++
 	}
-	r.intake = NewIntake(IntakeConfig{Wait: time.Millisecond, SeriesRetry: time.Millisecond, Retry: time.Millisecond}, db, catalog, r.q, r.q, kick, nil)
-	r.merge = NewMerge(MergeConfig{Hold: 50 * time.Millisecond}, db, catalog, kick, nil)
-	r.reply = NewReply(ReplyConfig{Hold: 50 * time.Millisecond}, db, catalog, r.q, nil)
-	return r
+	r.intake = NewIntake(IntakeConfig{Wait: time.Millisecond, SeriesRetry: time.Millisecond, Retry: time.Millisecond}, r.db, catalog, r.q, r.q, kick, nil)
+	r.merge = NewMerge(MergeConfig{Hold: 50 * time.Millisecond}, r.db, catalog, kick, nil)
+	r.reply = NewReply(ReplyConfig{Hold: 50 * time.Millisecond}, r.db, catalog, r.q, nil)
 }
 
 func (r *rig) exec(sql string, args ...any) {
