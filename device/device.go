@@ -39,7 +39,9 @@ type Device struct {
 	opts Options
 	log  *zap.Logger
 
-	syncing sync.Mutex
+	patience   patience
+	durability string // of our own transactions: FULL (tests, which look at order and not at the disk, take OFF)
+	syncing    sync.Mutex
 }
 
 // Open opens a file, and makes it one that can be enrolled if it is new. The application's tables appear with the
@@ -75,7 +77,7 @@ func Open(ctx context.Context, path string, o Options) (*Device, error) {
 	if o.Limits == (protocol.Limits{}) {
 		o.Limits = protocol.DefaultLimits()
 	}
-	d := &Device{db: o.DB, opts: o, log: o.Log}
+	d := &Device{db: o.DB, opts: o, log: o.Log, patience: usual, durability: "FULL"}
 	if d.db == nil {
 		d.own = true
 		// The file will hold the device's key: nobody else may read it.

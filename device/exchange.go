@@ -9,15 +9,23 @@ import (
 	"github.com/waystage/waystage/protocol"
 )
 
-// Patience of one session. All are far below what a person would call stuck; the next sync goes on anyway.
-const (
-	busyPause   = time.Second      // when the server names no time
-	longestBusy = 30 * time.Second // that we wait although the server names more
-	transient   = 5                // times that busy or internal is taken before giving up for now
-	checkAfter  = 15 * time.Second // of pending, the server is asked whether it has the request at all
-	mostPending = 5 * time.Minute  // without a page
-	mismatch    = 500 * time.Millisecond
-)
+// transient is how often busy, internal or not_found is taken before giving up for now.
+const transient = 5
+
+// patience of one session. All are far below what a person would call stuck; the next sync goes on anyway.
+type patience struct {
+	busy     time.Duration // pause when the server is busy and names no time
+	longest  time.Duration // pause that we make although the server names more
+	poll     time.Duration // between two gets, for a gateway that does not hold the call
+	mismatch time.Duration // after a page that is not ours
+	check    time.Duration // of pending, until the server is asked whether it has the request at all
+	most     time.Duration // without a page
+}
+
+var usual = patience{
+	busy: time.Second, longest: 30 * time.Second, poll: 20 * time.Millisecond, mismatch: 500 * time.Millisecond,
+	check: 15 * time.Second, most: 5 * time.Minute,
+}
 
 // exchange sends one frozen request and fetches the pages of its reply into the inbox.
 type exchange struct {
@@ -117,16 +125,16 @@ func (x *exchange) take(ctx context.Context, err error, tries int) (*protocol.Er
 		if tries >= 2 || ctx.Err() != nil {
 			return nil, err
 		}
-		return nil, pause(ctx, busyPause) // the connection may be on its way to another server
+		return nil, pause(ctx, x.d.patience.busy) // the connection may be on its way to another server
 	}
 	switch e.Code {
 	case protocol.CodeBusy, protocol.CodeInternal:
 		if tries >= transient {
 			return nil, explain("session "+x.sess.token(), e)
 		}
-		wait := busyPause
+		wait := x.d.patience.busy
 		if e.Retry > 0 {
-			wait = min(time.Duration(e.Retry)*time.Second, longestBusy)
+			wait = min(time.Duration(e.Retry)*time.Second, x.d.patience.longest)
 		}
 		return nil, pause(ctx, wait)
 	case protocol.CodeBlocked:
@@ -154,10 +162,10 @@ func (x *exchange) fetch(ctx context.Context, have inbox) (*protocol.Error, erro
 		if since.IsZero() {
 			since, asked = now, now
 		}
-		if now.Sub(since) > mostPending {
-			return nil, fmt.Errorf("device: %w: no reply to session %s for %s; it stays open, sync again later", ErrUnreachable, x.sess.token(), mostPending)
+		if now.Sub(since) > x.d.patience.most {
+			return nil, fmt.Errorf("device: %w: no reply to session %s for %s; it stays open, sync again later", ErrUnreachable, x.sess.token(), x.d.patience.most)
 		}
-		if now.Sub(asked) < checkAfter {
+		if now.Sub(asked) < x.d.patience.check {
 			return nil, nil
 		}
 		asked = now
@@ -176,7 +184,7 @@ func (x *exchange) fetch(ctx context.Context, have inbox) (*protocol.Error, erro
 			if refusal, err := wait(); refusal != nil || err != nil {
 				return refusal, err
 			}
-			if err := pause(ctx, 20*time.Millisecond); err != nil { // a gateway that does not hold the call must not be hammered
+			if err := pause(ctx, x.d.patience.poll); err != nil {
 				return nil, err
 			}
 			continue
@@ -208,7 +216,7 @@ func (x *exchange) fetch(ctx context.Context, have inbox) (*protocol.Error, erro
 			if refusal, err := wait(); refusal != nil || err != nil {
 				return refusal, err
 			}
-			if err := pause(ctx, mismatch); err != nil {
+			if err := pause(ctx, x.d.patience.mismatch); err != nil {
 				return nil, err
 			}
 			continue

@@ -227,7 +227,7 @@ func (d *Device) transact(ctx context.Context, begin string, fn func(*txn) error
 		return err
 	}
 	known = true
-	for _, p := range []string{"PRAGMA foreign_keys=OFF", "PRAGMA synchronous=FULL", begin} {
+	for _, p := range []string{"PRAGMA foreign_keys=OFF", "PRAGMA synchronous=" + d.durability, begin} {
 		if _, err := conn.ExecContext(ctx, p); err != nil {
 			return err
 		}

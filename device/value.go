@@ -88,7 +88,8 @@ func toWire(k kind, v any) *string {
 }
 
 // fromWire gives what SQLite shall hold for a PostgreSQL text. It takes only what toWire gives back letter for
-// letter; anything else stays text, so that nothing is lost on the way.
+// letter; anything else stays text, so that nothing is lost on the way. (SQLite's REAL columns turn minus zero into
+// zero all the same; as an unchanged column is not written at the server, it stays there.)
 func fromWire(k kind, s *string) any {
 	if s == nil {
 		return nil

@@ -274,14 +274,35 @@ func (j *judge) merged(f *frozen, d *dirty, version string) error {
 	if own := j.c.set(f.set); own != nil {
 		bit = own.Bit
 	}
-	if err := t.setVersion(tab, d.key, version, bit, 0); err != nil {
+	sent := f.image(f.New)
+	sver, _, err := t.version(tab, d.key)
+	if err != nil {
 		return err
 	}
-	if same {
-		return t.forget(tab, d)
+	q, args := "UPDATE "+quote(tab.shadow())+" SET base = 1, bver = ?", []any{version}
+	if sver != "" && sver == version {
+		// The row was already so at the server, and the device has that image; it may differ from the one sent in columns
+		// that were not edited, or in notation. It will not be sent again.
+		if same {
+			return t.restore(tab, d)
+		}
+		if d.sstate == serverIsBase {
+			text, err := jsonText(tab.image(d.baseRow))
+			if err != nil {
+				return err
+			}
+			q, args = q+", sstate = 1, simg = ?", append(args, text)
+		}
+	} else {
+		// The server's image comes with the rows of this reply; until then it is what was sent.
+		if err := t.setVersion(tab, d.key, version, bit, 0); err != nil {
+			return err
+		}
+		if same {
+			return t.forget(tab, d)
+		}
+		q += ", sstate = 0, simg = NULL"
 	}
-	q, args := "UPDATE "+quote(tab.shadow())+" SET base = 1, bver = ?, sstate = 0, simg = NULL", []any{version}
-	sent := f.image(f.New)
 	for _, c := range tab.Cols {
 		if v, ok := sent[c.Wire]; ok {
 			q += ", " + quote("b_"+c.Local) + " = ?"
