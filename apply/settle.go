@@ -75,8 +75,7 @@ func (w *table) settle(ctx context.Context, tx querier, items []settlement) erro
 	var remove [][]string
 	var i int64
 	var there, equal bool
-	var is author
-	_, err = pgx.ForEachRow(rows, []any{&i, &there, &equal, &is.lw, &is.mver}, func() error {
+	_, err = pgx.ForEachRow(rows, []any{&i, &there, &equal}, func() error {
 		s := items[i-1]
 		if s.base == nil {
 			equal = !there
@@ -86,14 +85,8 @@ func (w *table) settle(ctx context.Context, tx querier, items []settlement) erro
 			// Our transaction's side effect, with no device behind the image: to devices it is the source's.
 			writer = conflict.Foreign
 		}
-		switch conflict.Settle(s.accepted, equal, writer) {
-		case conflict.Keep:
+		if conflict.Settle(s.accepted, equal, writer) == conflict.Keep {
 			return nil
-		case conflict.Rewrite:
-			if there {
-				s.by = author{is.lw, is.mver}
-			}
-		case conflict.Restore:
 		}
 		switch {
 		case s.base != nil:

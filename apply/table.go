@@ -69,8 +69,8 @@ func newTable(t *schema.Table) (*table, error) {
 		ON CONFLICT (%s) DO UPDATE SET %s, %[9]s = excluded.%[9]s, %[10]s = excluded.%[10]s, %[11]s = excluded.%[11]s`,
 		t.Ident(), cols, sys, casts, xid, w.unnest(all, 1, "lw text", "mver bigint"), keyNames, sets,
 		schema.ColVersion, schema.ColWriter, schema.ColMerged)
-	w.compare = fmt.Sprintf(`SELECT u.i, m.%[1]s IS NOT NULL, m.%[1]s IS NOT NULL AND record_image_eq(%[2]s, ROW(%[3]s)), m.%[4]s, coalesce(m.%[5]s, 0)
-		FROM %[6]s LEFT JOIN %[7]s AS m ON %[8]s`, schema.ColVersion, rowOf("m"), casts, schema.ColWriter, schema.ColMerged,
+	w.compare = fmt.Sprintf(`SELECT u.i, m.%[1]s IS NOT NULL, m.%[1]s IS NOT NULL AND record_image_eq(%[2]s, ROW(%[3]s))
+		FROM %[4]s LEFT JOIN %[5]s AS m ON %[6]s`, schema.ColVersion, rowOf("m"), casts,
 		w.unnest(all, 1, ordinality), t.Ident(), w.match())
 	key := w.keyArray("u")
 	w.dropBase = fmt.Sprintf("DELETE FROM waystage.base AS b USING %s WHERE b.tbl = $%d AND b.key = %s", w.unnest(w.keys, 1), k+1, key)

@@ -109,21 +109,18 @@ type Settlement byte
 // Settlements.
 const (
 	Keep    Settlement = iota // the row already equals base: no write, no new version
-	Rewrite                   // row := base with a new version; the last device writer stays (a trigger rewrote the device's own row)
-	Restore                   // row := base with a new version; the last device writer is base's author (rule D11)
+	Restore                   // row := base with a new version; the last device writer is the author of base's image (rule D11)
 )
 
 // Settle decides it. accepted: the last verdict was an acceptance; equal: base image == mirror row (both may be absent);
-// w: base's writer.
+// w: base's writer. Where a trigger rewrote a device's own row, base's author is that device: its next edit, made on
+// the version of its merge, passes as its own echo. Who wrote the mirror row last must not decide that: two devices may have
+// written equal images (docs/adr/0004-the-author-of-base.md).
 func Settle(accepted, equal bool, w Writer) Settlement {
-	switch {
-	case accepted && equal && w != Foreign:
+	if accepted && equal && w != Foreign {
 		return Keep
-	case accepted && w == Own:
-		return Rewrite
-	default:
-		return Restore
 	}
+	return Restore
 }
 
 // Attempt is what happens after a compare-and-set failed at the source and down has passed that moment (rule R4).

@@ -365,14 +365,9 @@ func (m *deviceModel) settled(r mirrorRow, accepted bool, tx uint8) mirrorRow {
 	r.base = rowBase{}
 	switch Settle(accepted, m.image(b.img).value == m.image(r.img).value, b.writer) {
 	case Keep:
-	case Rewrite: // the author of the accepted change, not whoever wrote the row last: they may have written equal images
-		r.img, r.ver, r.stamp = b.img, tx, tx
-		if !m.rewriteKeepsWriter {
-			r.lw, r.mver = b.lw, b.mver
-		}
 	case Restore:
 		r.img, r.ver, r.stamp = b.img, tx, tx
-		if m.rollbackKeepsWriter {
+		if m.rollbackKeepsWriter && !accepted || m.rewriteKeepsWriter && accepted && b.writer == Own {
 			break
 		}
 		r.lw, r.mver = b.lw, b.mver
