@@ -53,13 +53,18 @@ func newTableSQL(t *schema.Table, key string) *tableSQL {
 	left := func(from string, c schema.Column) string {
 		return fmt.Sprintf("CASE WHEN s.%s ? %s THEN %s ELSE m.%s END", from, schema.Literal(c.Name), value(from, c), schema.Quote(c.Name))
 	}
+	// The whole new image counts, columns that the device did not change too: told "merged" at a version whose other
+	// columns it has never seen, the device would overwrite them with its next edit.
+	whole := func(c schema.Column) string {
+		return fmt.Sprintf("CASE WHEN s.img ? %[1]s THEN %[2]s WHEN s.base ? %[1]s THEN %[3]s ELSE m.%[4]s END", schema.Literal(c.Name), value("img", c), value("base", c), schema.Quote(c.Name))
+	}
 	for _, c := range t.Columns {
 		m := "m." + schema.Quote(c.Name)
 		names, texts = append(names, schema.Literal(c.Name)), append(texts, c.Text(m))
 		if t.IsKey(c.Name) {
 			continue
 		}
-		now, same, based = append(now, m), append(same, left("img", c)), append(based, left("base", c))
+		now, same, based = append(now, m), append(same, whole(c)), append(based, left("base", c))
 		set = append(set, schema.Quote(c.Name)+" = "+left("img", c))
 		cols, vals = append(cols, schema.Quote(c.Name)), append(vals, value("img", c))
 	}
