@@ -82,7 +82,7 @@ func (x *exchange) mustSend(ctx context.Context, have inbox) (bool, error) {
 	var e *protocol.Error
 	switch {
 	case err == nil:
-		return st.State == "" || st.State == "unknown", nil
+		return !x.arrived(st), nil
 	case errors.As(err, &e):
 		if e.Code == protocol.CodeBlocked {
 			return false, explain("session "+x.sess.token(), err)
@@ -90,6 +90,18 @@ func (x *exchange) mustSend(ctx context.Context, have inbox) (bool, error) {
 		return true, nil
 	}
 	return true, ctx.Err()
+}
+
+// arrived tells whether the server has the whole request. Of one in parts, "received" says only that some part waits in
+// the queue; sent again, parts that are there already do no harm.
+func (x *exchange) arrived(st protocol.Status) bool {
+	switch st.State {
+	case "", "unknown":
+		return false
+	case "received":
+		return len(x.sess.Payload.Data) <= x.d.opts.PartSize
+	}
+	return true
 }
 
 // put sends the request in parts.
@@ -169,7 +181,7 @@ func (x *exchange) fetch(ctx context.Context, have inbox) (*protocol.Error, erro
 			return nil, nil
 		}
 		asked = now
-		if st, err := x.tr.Status(ctx, x.sess.token()); err == nil && st.State != "" && st.State != "unknown" {
+		if st, err := x.tr.Status(ctx, x.sess.token()); err == nil && x.arrived(st) {
 			return nil, nil
 		}
 		return x.put(ctx)

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/waystage/waystage/protocol"
 )
@@ -197,6 +198,41 @@ func TestLargeSessions(t *testing.T) {
 			t.Fatalf("%d requests kept although all is final", n)
 		}
 	}
+}
+
+// TestResumedUpload: a request of which only some parts have arrived is sent again at once, although the server knows of it.
+func TestResumedUpload(t *testing.T) {
+	ctx := context.Background()
+	srv := newServer(t)
+	puts, broken := 0, false
+	dial := func(context.Context, Login) (Transport, error) {
+		return &wire{s: srv, device: "a", fail: func(call string, after bool) error {
+			if call != "put" || after {
+				return nil
+			}
+			if puts++; broken && puts > 2 {
+				return errCut
+			}
+			return nil
+		}}, nil
+	}
+	d := srv.device(t, "a", Options{Dial: dial, Encoding: "none", PartSize: 1000})
+	d.patience.check = time.Hour
+	srv.mustSync(t, d)
+	for i := range 30 {
+		mustExec(t, d, `INSERT INTO item VALUES (?, 1, ?)`, i, strings.Repeat("x", 100))
+	}
+	puts, broken = 0, true
+	_, err := d.Sync(ctx, SyncOptions{})
+	wantErr(t, err, errCut)
+	puts, broken = 0, false
+	rep, err := d.Sync(ctx, SyncOptions{})
+	if err != nil || !rep.Resumed || rep.Merged != 30 || puts < 3 {
+		t.Fatalf("%v %+v, %d parts sent", err, rep, puts)
+	}
+	srv.settleAll()
+	srv.mustSync(t, d)
+	srv.same(t, d)
 }
 
 // refuser answers the first put with a refusal.

@@ -351,10 +351,17 @@ func (s *server) merge(q *request) {
 				}
 			}
 		}
+		whole := image{}
+		for c, x := range r.img {
+			whole[c] = x
+		}
+		for c, x := range img {
+			whole[c] = x
+		}
 		old := q.req.Epoch == "" && ch.Version != ""
 		facts := conflict.Facts{
 			Op: conflict.Op(ch.Op[0]), Exists: r.img != nil, Version: ch.Version == version(r.ver),
-			OwnEcho: r.lw == q.req.Incarnation && r.mver != 0 && ch.Version == version(r.mver), SameImage: r.img != nil && imgEqual(want, r.img),
+			OwnEcho: r.lw == q.req.Incarnation && r.mver != 0 && ch.Version == version(r.mver), SameImage: r.img != nil && imgEqual(whole, r.img),
 			OldEpoch: old, BaseImage: imgEqual(base, r.img),
 		}
 		if old {
@@ -712,8 +719,11 @@ func (w *wire) Ack(_ context.Context, session string) error {
 func (w *wire) Status(_ context.Context, session string) (st protocol.Status, err error) {
 	err = w.do("status", func() error {
 		st.State = "unknown"
-		if w.s.seen[session] != nil {
+		switch {
+		case w.s.seen[session] != nil:
 			st.State = "replied"
+		case len(w.s.parts[session]) > 0:
+			st.State = "received" // some part is in the queue
 		}
 		return nil
 	})
