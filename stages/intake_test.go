@@ -109,7 +109,7 @@ func testJSONAndCompression(t *testing.T, r *rig) {
 	r.exec(`INSERT INTO public.region SELECT g, 'region ' || g FROM generate_series(1, 50) g`)
 	for _, enc := range []string{protocol.Identity, protocol.Gzip, protocol.Zstd} {
 		for _, ct := range []string{protocol.ContentJSON, protocol.ContentCBOR} {
-			d := r.user("u" + enc + ct[len("application/"):], "clerks")
+			d := r.user("u"+enc+ct[len("application/"):], "clerks")
 			d.contentType, d.enc = ct, enc
 			d.sync("base")
 			d.want("region 7", "base", "public.region", "7", "name")

@@ -80,7 +80,7 @@ func (p *Pruner) Prune(ctx context.Context) (n Pruned, err error) {
 			SELECT c.id FROM waystage.change c
 			WHERE c.state <> 'merged' AND coalesce(c.decided_at, c.created_at) < now() - CASE WHEN c.state = 'applied' THEN $2::interval ELSE $3::interval END
 				AND (EXISTS (SELECT FROM waystage.session s JOIN waystage.cursor k ON k.token = s.cursor_from
-						WHERE s.incarnation = c.incarnation AND s.n > c.n AND k.xmin > c.stamp)
+						WHERE s.incarnation = c.incarnation AND s.n > c.n AND k.since > c.stamp)
 					OR EXISTS (SELECT FROM waystage.incarnation mine JOIN waystage.incarnation later
 						ON later.device_id = mine.device_id AND later.created_at > mine.created_at AND later.last_n > 0 WHERE mine.id = c.incarnation))
 			ORDER BY c.id LIMIT $1)`, p.cfg.Changes, p.cfg.Rejects)
@@ -128,7 +128,7 @@ func (p *Pruner) horizon(ctx context.Context) (cursors, tombstones int64, err er
 	tag, err = tx.Exec(ctx, `
 		DELETE FROM waystage.tombstone WHERE ctid = ANY (ARRAY(
 			SELECT t.ctid FROM waystage.tombstone t
-			WHERE t.stamp < (SELECT least(min(c.xmin), $2) FROM waystage.cursor c)
+			WHERE t.stamp < (SELECT least(min(c.since), $2) FROM waystage.cursor c)
 			LIMIT $1))`, 20*p.cfg.Chunk, bound)
 	if err != nil {
 		return 0, 0, fmt.Errorf("prune tombstones: %w", err)

@@ -98,6 +98,18 @@ func TestStages(t *testing.T) {
 		"ledger":               testLedger,
 		"series":               testSeries,
 		"poison":               testPoison,
+		// reply_test.go
+		"download":             testDownload,
+		"commits overtake":     testCommitsOvertake,
+		"empty sync is cheap":  testEmptySyncIsCheap,
+		"refresh":              testRefresh,
+		"pages":                testPages,
+		"verdicts until heard": testVerdictsUntilHeard,
+		"wait for the source":  testWaitSource,
+		"broken key query":     testBrokenKeyQuery,
+		"key query is caged":   testKeyQueryIsCaged,
+		"sessions and status":  testSessionsAndStatus,
+		"prune":                testPrune,
 	} {
 		t.Run(name, func(t *testing.T) { run(t, base.reset(t)) })
 	}
