@@ -367,11 +367,12 @@ func (m *deviceModel) settled(r mirrorRow, accepted bool, tx uint8) mirrorRow {
 	case Keep:
 	case Restore:
 		r.img, r.ver, r.stamp = b.img, tx, tx
-		if m.rollbackKeepsWriter && !accepted || m.rewriteKeepsWriter && accepted && b.writer == Own {
+		rewritten := accepted && b.writer == Own // by a trigger of our own transaction; all else is a roll-back
+		if rewritten && m.rewriteKeepsWriter || !rewritten && m.rollbackKeepsWriter {
 			break
 		}
 		r.lw, r.mver = b.lw, b.mver
-		if m.rollbackNewMver {
+		if m.rollbackNewMver && !rewritten {
 			r.mver = tx
 		}
 	}
