@@ -41,7 +41,8 @@ func refusalOf(err error) (r refusal, ok bool) {
 		return r, false
 	}
 	r.detail, r.constraint = pg.Message, pg.ConstraintName
-	if pg.Detail != "" {
+	// "Failing row contains (...)" would tell the device columns that it is not subscribed to.
+	if showsRow := pg.Code == "23514" || pg.Code == "23502" || pg.Code == "44000"; pg.Detail != "" && !showsRow {
 		r.detail += ": " + pg.Detail
 	}
 	switch class := pg.Code[:2]; {
