@@ -27,14 +27,8 @@ const demoPatience = 30 * time.Second
 
 func (d *demo) firstSync(ctx context.Context) error {
 	for _, n := range d.nurses {
-		bar := d.progress("  "+n.Name+" receives", "rows", 0)
 		began := time.Now()
-		report, err := n.dev.Sync(ctx, device.SyncOptions{Progress: func(p device.Progress) {
-			if p.Stage == device.StageApply {
-				bar.set(p.Done, p.Total)
-			}
-		}})
-		bar.stop()
+		report, err := n.dev.Sync(ctx, device.SyncOptions{})
 		if err != nil {
 			return err
 		}
@@ -185,10 +179,10 @@ func (d *demo) conflict(ctx context.Context) error {
 		return fmt.Errorf("the log entry is another one than expected: %s, sent %q, right %q", r.Code, text(r.Sent, "note"), text(r.Right, "note"))
 	}
 	d.fact("%s syncs second: rejected in this very sync (%s), and nothing of %s's was overwritten", bruno.Name, r.Code, amina.Name)
-	d.tell("%s's log of rejected records has both beside each other:", bruno.Name)
-	d.tell("    he wrote   %s", text(r.Sent, "note"))
-	d.tell("    is right   %s", text(r.Right, "note"))
-	d.tell("    because    %s", r.Detail)
+	d.tell("The log of rejected records on %s's device has both beside each other:", bruno.Name)
+	d.tell("    rejected       %s", text(r.Sent, "note"))
+	d.tell("    right version  %s", text(r.Right, "note"))
+	d.tell("    reason         %s", r.Detail)
 	row, err := scanOne(ctx, bruno.dev.DB(), 1, `SELECT note FROM medical_record WHERE id = ?`, newRecord)
 	if err != nil {
 		return err
