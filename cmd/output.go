@@ -175,7 +175,7 @@ type progress struct {
 }
 
 func (t *terminal) progress(label, unit string, total int64) *progress {
-	p := &progress{t: t, label: label, unit: unit, total: total}
+	p := &progress{t: t, label: label, unit: unit, total: total, last: time.Now()}
 	if t.errTTY {
 		p.bar = progressbar.NewOptions64(max(total, 1), progressbar.OptionSetWriter(t.err), progressbar.OptionSetDescription(label),
 			progressbar.OptionSetWidth(30), progressbar.OptionShowCount(), progressbar.OptionThrottle(80*time.Millisecond),

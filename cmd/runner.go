@@ -7,18 +7,23 @@ import (
 
 	"github.com/waystage/waystage/apply"
 	"github.com/waystage/waystage/capture"
+	"github.com/waystage/waystage/queue"
 	"github.com/waystage/waystage/stages"
 )
 
-// runner is a worker whose whole life is one batch: a capture or an applier. Of the workers of one process one runs, the
-// others stand by, as those of other processes do.
+// runner is a worker whose whole life is one batch: a capture, an applier, a gateway.
 type runner struct {
-	seat chan struct{} // holds one token: this process's
+	seat chan struct{} // holds one token; nil: all workers run
 	run  func(context.Context) error
 	tell func() string // what it does now, for pools ls
 }
 
-// newRunner makes the workers of a pool share one long-runner.
+// newRunners makes workers that all run.
+func newRunners(run func(context.Context) error, tell func() string) func() stages.Worker {
+	return func() stages.Worker { return runner{run: run, tell: tell} }
+}
+
+// newRunner makes workers of which one runs and the others of this process stand by, as those of other processes do.
 func newRunner(run func(context.Context) error, tell func() string) func() stages.Worker {
 	r := runner{seat: make(chan struct{}, 1), run: run, tell: tell}
 	r.seat <- struct{}{}
@@ -30,12 +35,14 @@ const tellEvery = time.Second
 
 // Batch runs until take ends. It returns when the long-runner has ended, whatever happens.
 func (r runner) Batch(take, _ context.Context, doing func(string)) (int, error) {
-	doing("standby in this process")
-	select {
-	case <-r.seat:
-		defer func() { r.seat <- struct{}{} }()
-	case <-take.Done():
-		return 0, nil
+	if r.seat != nil {
+		doing("standby in this process")
+		select {
+		case <-r.seat:
+			defer func() { r.seat <- struct{}{} }()
+		case <-take.Done():
+			return 0, nil
+		}
 	}
 	done := make(chan error, 1)
 	go func() { done <- r.run(take) }()
@@ -74,5 +81,12 @@ func tellApply(stats func() apply.Stats) func() string {
 			return s.State
 		}
 		return fmt.Sprintf("applying: %d transactions, %d rows, at %s", s.Transactions, s.Rows, s.Position)
+	}
+}
+
+func tellGateway(g *queue.Gateway) func() string {
+	return func() string {
+		s := g.Stats()
+		return fmt.Sprintf("answers devices: %d puts, %d gets, %d held now", s.Puts, s.Gets, s.Held)
 	}
 }

@@ -88,7 +88,7 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	}
 	defer source.Close()
 
-	broker, stopBroker, err := startBroker(c, log)
+	broker, openBroker, stopBroker, err := startBroker(c, log)
 	if err != nil {
 		return err
 	}
@@ -188,7 +188,7 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 		poll   time.Duration
 		worker func() stages.Worker
 	}{
-		{"gateway", -1, func() stages.Worker { return stages.Loop("answers devices", gateway.Run) }},
+		{"gateway", -1, newRunners(gateway.Run, tellGateway(gateway))},
 		{"intake", -1, intake.Worker},
 		{"merge", 0, merge.Worker},
 		{"reply", 0, reply.Worker},
@@ -217,6 +217,17 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	for _, p := range pools {
 		run.Go(func() error { return p.Run(work) })
 	}
+	// Devices are let in when somebody can decide their logins and answer them, not before.
+	gatewayReady := gateway.Ready()
+	if sizes["gateway"] == 0 {
+		gatewayReady = nil
+	}
+	await(work, callout.Ready(), 0)
+	await(work, gatewayReady, 10*time.Second) // the operator may have paused it
+	if err := openBroker(); err != nil {
+		cancelWork()
+		return errors.Join(err, run.Wait())
+	}
 	info := Info{NATS: natsAddress(c, broker), Health: healthURL, Epoch: done.Epoch, Tables: len(done.Tables), Keys: broker.Secrets}
 	if broker.Embedded != nil {
 		info.WebSocket, info.Keys = broker.Embedded.WebsocketURL(), broker.Embedded.Secrets()
@@ -229,6 +240,24 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	listener.Leave()
 	log.Info("stopping: taking nothing more, finishing what is under way")
 	return run.Wait()
+}
+
+// await waits for a signal, for at most so long (0: as long as it takes). A nil signal is not waited for.
+func await(ctx context.Context, signal <-chan struct{}, atMost time.Duration) {
+	if signal == nil {
+		return
+	}
+	var late <-chan time.Time
+	if atMost > 0 {
+		t := time.NewTimer(atMost)
+		defer t.Stop()
+		late = t.C
+	}
+	select {
+	case <-ctx.Done():
+	case <-signal:
+	case <-late:
+	}
 }
 
 // mirrorConnections is how many connections to the mirror this process's stages use at the same time.

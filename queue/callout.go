@@ -33,6 +33,7 @@ type Callout struct {
 	broker Broker
 	auth   Authenticator
 	log    *zap.Logger
+	ready  signal
 }
 
 // NewCallout makes one. It does no I/O.
@@ -40,7 +41,7 @@ func NewCallout(b Broker, auth Authenticator, log *zap.Logger) *Callout {
 	if log == nil {
 		log = zap.NewNop()
 	}
-	return &Callout{broker: b, auth: auth, log: log.Named("callout")}
+	return &Callout{broker: b, auth: auth, log: log.Named("callout"), ready: newSignal()}
 }
 
 const (
@@ -79,9 +80,15 @@ func (c *Callout) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("queue: callout: %w", err)
 	}
+	if err := nc.Flush(); err == nil {
+		c.ready.give()
+	}
 	<-ctx.Done()
 	return nil
 }
+
+// Ready is closed when the broker knows of the callout.
+func (c *Callout) Ready() <-chan struct{} { return c.ready.c }
 
 // answer decides one login. A request that is not the broker's gets no answer.
 func (c *Callout) answer(ctx context.Context, k keys, m *nats.Msg) {

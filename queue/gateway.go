@@ -58,6 +58,7 @@ type Gateway struct {
 	enrol  Enroller
 	log    *zap.Logger
 	rates  *rates
+	ready  signal
 	counts struct {
 		puts, gets, acks, statuses, enrols, refused, silent, held atomic.Int64
 	}
@@ -76,7 +77,7 @@ func NewGateway(q *Queue, cfg GatewayConfig, enrol Enroller, status StatusSource
 	set(&cfg.BytesPerSec, 4<<20)
 	set(&cfg.BytesBurst, 32<<20)
 	cfg.BytesBurst = max(cfg.BytesBurst, MaxPart)
-	return &Gateway{cfg: cfg, q: q, status: status, enrol: enrol, log: log.Named("gateway"), rates: newRates(cfg)}
+	return &Gateway{cfg: cfg, q: q, status: status, enrol: enrol, log: log.Named("gateway"), rates: newRates(cfg), ready: newSignal()}
 }
 
 // GatewayStats counts calls since the start, over all runs of one Gateway.
@@ -185,9 +186,15 @@ func (s *shift) serve() error {
 			return fmt.Errorf("queue: gateway: endpoint %s: %w", e.verb, err)
 		}
 	}
+	if err := devices.Flush(); err == nil {
+		s.ready.give()
+	}
 	<-s.ctx.Done()
 	return nil
 }
+
+// Ready is closed when a run of the gateway takes calls for the first time.
+func (g *Gateway) Ready() <-chan struct{} { return g.ready.c }
 
 // call is a device's call that may be answered.
 type call struct {

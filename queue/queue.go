@@ -182,6 +182,16 @@ func (q *Queue) heal(err error) {
 	}()
 }
 
+// signal is given once, however often.
+type signal struct {
+	c    chan struct{}
+	once *sync.Once
+}
+
+func newSignal() signal { return signal{make(chan struct{}), new(sync.Once)} }
+
+func (s signal) give() { s.once.Do(func() { close(s.c) }) }
+
 func poke(ch chan struct{}) {
 	select {
 	case ch <- struct{}{}:

@@ -23,6 +23,8 @@ type ServerOptions struct {
 	Websocket     bool // also listen for websocket connections, with TLS if there is TLS
 	WebsocketPort int  // 0: any free port
 
+	Closed bool // take no connections from outside until Open; those of this process work. Not for websockets
+
 	Secrets Secrets // zero: random ones, new at each start
 }
 
@@ -96,6 +98,18 @@ func options(o ServerOptions) (*server.Options, error) {
 		}
 	}
 	return opts, nil
+}
+
+// Open begins to take connections, on a server that was started with Closed: a device that comes before anybody can
+// decide its login would be turned away as if its password were wrong.
+func (s *Server) Open() error {
+	listening := make(chan struct{})
+	s.srv.AcceptLoop(listening)
+	<-listening
+	if s.srv.Addr() == nil {
+		return errors.New("queue: the embedded server cannot listen; is the port in use?")
+	}
+	return nil
 }
 
 // URL is where devices connect.
