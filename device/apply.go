@@ -17,9 +17,15 @@ var errNotOurs = errors.New("the reply is not for the open session")
 // errOtherEpoch says that the reply comes from a mirror that was built after the one that the file follows.
 var errOtherEpoch = errors.New("the reply is from another mirror")
 
-// ours checks rule D7 for one page.
+// ours checks rule D7 for one page. A refusal of bytes that the server could not read has no nonce; that the device has
+// forked is told with one only.
 func (s *session) ours(p *protocol.Page) error {
-	if p.Incarnation != s.Incarnation || p.N != s.N || p.Nonce != s.Nonce || p.Error == nil && p.Page == 1 && p.CursorFrom != s.CursorFrom {
+	switch {
+	case p.Incarnation != s.Incarnation || p.N != s.N:
+		return errNotOurs
+	case p.Error != nil && p.Nonce == "" && p.Error.Code != protocol.CodeForked && p.Error.Code != protocol.CodeEpoch:
+		return nil
+	case p.Nonce != s.Nonce, p.Error == nil && p.Page == 1 && p.CursorFrom != s.CursorFrom:
 		return errNotOurs
 	}
 	return nil

@@ -24,7 +24,7 @@ type patience struct {
 
 var usual = patience{
 	busy: time.Second, longest: 30 * time.Second, poll: 20 * time.Millisecond, mismatch: 500 * time.Millisecond,
-	check: 15 * time.Second, most: 5 * time.Minute,
+	check: 6 * time.Second, most: 5 * time.Minute,
 }
 
 // exchange sends one frozen request and fetches the pages of its reply into the inbox.
@@ -181,12 +181,12 @@ func (x *exchange) fetch(ctx context.Context, have inbox) (*protocol.Error, erro
 			return nil, nil
 		}
 		asked = now
-		if st, err := x.tr.Status(ctx, x.sess.token()); err == nil && x.arrived(st) {
-			return nil, nil
+		if st, err := x.tr.Status(ctx, x.sess.token()); err == nil && x.arrived(st) && st.State != "replied" {
+			return nil, nil // it is being worked on
 		}
-		return x.put(ctx)
+		return x.put(ctx) // not there, or its pages have expired: the server makes them again
 	}
-	tries := 0
+	tries, others := 0, 0
 	for {
 		x.progress(StageWait, int64(have.pages), 0)
 		p, err := x.tr.Get(ctx, x.sess.token(), have.pages+1)
@@ -224,7 +224,13 @@ func (x *exchange) fetch(ctx context.Context, have inbox) (*protocol.Error, erro
 			return nil, fmt.Errorf("device: %w", err)
 		}
 		if err := x.sess.ours(page); err != nil {
-			// An older reply under the same name (rule D7): ours will take its place.
+			// An older reply under the same name, or one to a copy of this file (rule D7). Ours will take its place; if the
+			// copy's has taken ours, the server makes it again when it sees the request again.
+			if others++; others%4 == 2 {
+				if refusal, err := x.put(ctx); refusal != nil || err != nil {
+					return refusal, err
+				}
+			}
 			if refusal, err := wait(); refusal != nil || err != nil {
 				return refusal, err
 			}
@@ -233,8 +239,16 @@ func (x *exchange) fetch(ctx context.Context, have inbox) (*protocol.Error, erro
 			}
 			continue
 		}
-		if page.Error != nil {
-			return page.Error, nil
+		if e := page.Error; e != nil {
+			if tries++; e.Code != protocol.CodeSeries || tries >= transient {
+				return e, nil
+			}
+			// The parts did not come together: the whole request goes again, in the place of the refusal.
+			x.d.ack(ctx, x.tr, x.sess)
+			if refusal, err := x.put(ctx); refusal != nil || err != nil {
+				return refusal, err
+			}
+			continue
 		}
 		if page.Page != have.pages+1 || have.pages > 0 && page.Reply != have.reply {
 			// The reply was composed anew while we fetched: its pages do not go with those that we have.

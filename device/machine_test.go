@@ -34,7 +34,7 @@ type wrote struct{ img, base image }
 
 type machine struct {
 	t      *rapid.T
-	srv    *server
+	srv    *memServer
 	dir    string
 	actors []*actor
 	open   []int64

@@ -20,9 +20,9 @@ import (
 	"github.com/waystage/waystage/protocol"
 )
 
-// server is an in-memory server that follows rules D3 to D13 as docs/protocol.md states them: what the library is
+// memServer is a server in memory that follows rules D3 to D13 as docs/protocol.md states them: what the library is
 // tested against. The source is part of it: its verdicts come when a test calls for them.
-type server struct {
+type memServer struct {
 	mu    sync.Mutex
 	epoch string
 	tx    int64   // last mirror transaction id given
@@ -104,8 +104,8 @@ type request struct {
 
 func ptr(s string) *string { return &s }
 
-func newServer(t testing.TB) *server {
-	s := &server{
+func newServer(t testing.TB) *memServer {
+	s := &memServer{
 		epoch: "e1", tx: 1, perPage: 3, sets: []string{"items", "notes"},
 		rows: map[string]map[string]*mrow{"public.item": {}, "public.note": {}}, incs: map[string]*incarnation{}, curs: map[string]cursor{},
 		out: map[string]map[int]Payload{}, parts: map[string]map[string]Payload{}, seen: map[string]*request{}, nkeys: map[string]string{},
@@ -124,13 +124,13 @@ func newServer(t testing.TB) *server {
 	return s
 }
 
-func (s *server) problem(format string, args ...any) {
+func (s *memServer) problem(format string, args ...any) {
 	s.problems = append(s.problems, fmt.Sprintf(format, args...))
 }
 
-func (s *server) begin() int64 { s.tx++; return s.tx }
+func (s *memServer) begin() int64 { s.tx++; return s.tx }
 
-func (s *server) xmin() int64 {
+func (s *memServer) xmin() int64 {
 	m := s.tx + 1
 	for _, t := range s.open {
 		m = min(m, t)
@@ -150,7 +150,7 @@ func keyOf(k []*string) string {
 	return strings.Join(l, ",")
 }
 
-func (s *server) row(table, key string) *mrow {
+func (s *memServer) row(table, key string) *mrow {
 	r := s.rows[table][key]
 	if r == nil {
 		r = &mrow{}
@@ -173,7 +173,7 @@ func imgEqual(a, b image) bool {
 }
 
 // write puts an image into the mirror by transaction tx.
-func (s *server) write(table string, keys []*string, r *mrow, img image, tx int64, lw string, mver int64) {
+func (s *memServer) write(table string, keys []*string, r *mrow, img image, tx int64, lw string, mver int64) {
 	if r.img != nil && (img == nil || subsetKey(table, img) != subsetKey(table, r.img)) {
 		s.tombs = append(s.tombs, tomb{table, keyOf(keys), subsetKey(table, r.img), keys, tx})
 	}
@@ -195,18 +195,18 @@ func subsetKey(table string, img image) string {
 	return ""
 }
 
-func (s *server) visible(table string, img image, subset map[string]bool) bool {
+func (s *memServer) visible(table string, img image, subset map[string]bool) bool {
 	return img != nil && (table != "public.item" || subset[subsetKey(table, img)])
 }
 
 // foreign is a transaction of somebody else at the source that has come down.
-func (s *server) foreign(table string, key []string, img image) {
+func (s *memServer) foreign(table string, key []string, img image) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.foreignAt(s.begin(), table, key, img)
 }
 
-func (s *server) foreignAt(tx int64, table string, key []string, img image) {
+func (s *memServer) foreignAt(tx int64, table string, key []string, img image) {
 	var keys []*string
 	for _, k := range key {
 		keys = append(keys, ptr(k))
@@ -224,12 +224,12 @@ func (s *server) foreignAt(tx int64, table string, key []string, img image) {
 
 // intake and merge
 
-func (s *server) refuse(q *request, e protocol.Error) {
+func (s *memServer) refuse(q *request, e protocol.Error) {
 	page := protocol.Page{V: 1, Incarnation: q.req.Incarnation, N: q.req.N, Nonce: q.req.Nonce, Page: 1, Last: true, Error: &e, Sets: s.sets}
 	s.publish(q, []protocol.Page{page})
 }
 
-func (s *server) publish(q *request, pages []protocol.Page) {
+func (s *memServer) publish(q *request, pages []protocol.Page) {
 	s.reply++
 	token := protocol.SessionToken(q.req.Incarnation, q.req.N)
 	if s.out[token] == nil {
@@ -250,7 +250,7 @@ func (s *server) publish(q *request, pages []protocol.Page) {
 }
 
 // take is intake: rule D4 and D13, then the merge and the reply.
-func (s *server) take(device string, p Payload) {
+func (s *memServer) take(device string, p Payload) {
 	data, err := protocol.Decompress(p.Data, p.Encoding, 1<<26)
 	if err != nil {
 		s.problem("request of %s: %v", device, err)
@@ -297,7 +297,7 @@ func (s *server) take(device string, p Payload) {
 	s.compose(q)
 }
 
-func (s *server) late() {
+func (s *memServer) late() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, q := range s.waiting {
@@ -306,7 +306,7 @@ func (s *server) late() {
 	s.waiting = nil
 }
 
-func (s *server) merge(q *request) {
+func (s *memServer) merge(q *request) {
 	q.merged = true
 	if len(q.req.Changes) == 0 {
 		return
@@ -411,7 +411,7 @@ func show(i image) string {
 }
 
 // verdict lets the source answer the oldest pending change of a row: accept, accept and normalise, or refuse.
-func (s *server) verdict(r *mrow, refuse, normalise bool) {
+func (s *memServer) verdict(r *mrow, refuse, normalise bool) {
 	if len(r.pend) == 0 {
 		return
 	}
@@ -455,7 +455,7 @@ func (s *server) verdict(r *mrow, refuse, normalise bool) {
 }
 
 // pending lists the rows with changes that the source has not answered, in a stable order.
-func (s *server) pending() (l []*mrow) {
+func (s *memServer) pending() (l []*mrow) {
 	for _, t := range []string{"public.item", "public.note"} {
 		var keys []string
 		for k := range s.rows[t] {
@@ -471,7 +471,7 @@ func (s *server) pending() (l []*mrow) {
 	return l
 }
 
-func (s *server) settleAll() {
+func (s *memServer) settleAll() {
 	s.late()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -483,7 +483,7 @@ func (s *server) settleAll() {
 }
 
 // compose writes a reply: everything since the cursor, in one snapshot (rules D5, D6).
-func (s *server) compose(q *request) {
+func (s *memServer) compose(q *request) {
 	cur, known := s.curs[q.req.Cursor]
 	if !known {
 		cur = cursor{subset: map[string]bool{}}
@@ -587,7 +587,7 @@ func (s *server) compose(q *request) {
 }
 
 // rebuild is a mirror that was lost and copied anew from the source: other versions, no ledger.
-func (s *server) rebuild(name string) {
+func (s *memServer) rebuild(name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.epoch = name
@@ -618,7 +618,7 @@ var impatient = patience{busy: time.Millisecond, longest: time.Millisecond, poll
 
 // wire is the Transport of one device. fail is asked before and after every call.
 type wire struct {
-	s      *server
+	s      *memServer
 	device string
 	fail   func(call string, after bool) error
 }
@@ -733,12 +733,12 @@ func (w *wire) Status(_ context.Context, session string) (st protocol.Status, er
 func (w *wire) Close() error { return nil }
 
 // dial connects a device without faults.
-func (s *server) dial(device string) Dialer {
+func (s *memServer) dial(device string) Dialer {
 	return func(context.Context, Login) (Transport, error) { return &wire{s: s, device: device}, nil }
 }
 
 // device opens a new file and enrols it.
-func (s *server) device(t testing.TB, name string, o Options) *Device {
+func (s *memServer) device(t testing.TB, name string, o Options) *Device {
 	t.Helper()
 	if o.Dial == nil {
 		o.Dial = s.dial(name)
@@ -755,7 +755,7 @@ func (s *server) device(t testing.TB, name string, o Options) *Device {
 	return d
 }
 
-func (s *server) mustSync(t testing.TB, d *Device) Report {
+func (s *memServer) mustSync(t testing.TB, d *Device) Report {
 	t.Helper()
 	rep, err := d.Sync(context.Background(), SyncOptions{})
 	if err != nil {
@@ -765,7 +765,7 @@ func (s *server) mustSync(t testing.TB, d *Device) Report {
 }
 
 // same demands that the device holds exactly its subset of the mirror.
-func (s *server) same(t fataler, d *Device) {
+func (s *memServer) same(t fataler, d *Device) {
 	t.Helper()
 	s.mu.Lock()
 	defer s.mu.Unlock()
