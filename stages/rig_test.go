@@ -110,6 +110,13 @@ func TestStages(t *testing.T) {
 		"key query is caged":   testKeyQueryIsCaged,
 		"sessions and status":  testSessionsAndStatus,
 		"prune":                testPrune,
+		// pool_test.go
+		"pool is worked": testPoolIsWorked,
+		"pool survives":  testPoolSurvives,
+		"pool shutdown":  testPoolShutdown,
+		// crash_test.go, property_test.go
+		"crash":                   testCrash,
+		"merge is conflict.Merge": testMergeIsConflictMerge,
 	} {
 		t.Run(name, func(t *testing.T) { run(t, base.reset(t)) })
 	}
