@@ -426,7 +426,18 @@ func (s *setup) resume(ctx context.Context) error {
 	if err := s.published(ctx, old); err != nil {
 		return err
 	}
-	if err := s.newColumns(ctx, old); err != nil {
+	columns, err := s.newColumns(ctx, old)
+	if err != nil {
+		return err
+	}
+	// Appliers know the tables as they were when they began. Who changes what is mirrored takes their seats meanwhile.
+	if len(added) > 0 || len(columns) > 0 {
+		if err := s.takeSeats(ctx); err != nil {
+			return err
+		}
+		defer s.leaveSeats(ctx)
+	}
+	if err := s.emptyColumns(ctx, columns); err != nil {
 		return err
 	}
 	if err := EnsureMirror(ctx, s.mirror, s.result.Tables, s.Definitions); err != nil {
@@ -441,109 +452,6 @@ func (s *setup) resume(ctx context.Context) error {
 		}
 	}
 	_, err = SaveDefinitions(ctx, s.mirror, s.Definitions)
-	return err
-}
-
-// newColumns refuses a column that is new at the source and already filled: adding one emits no row, so the mirror would
-// never get the values.
-func (s *setup) newColumns(ctx context.Context, tables []*Table) error {
-	var problems []Problem
-	for _, t := range tables {
-		was, _, err := storedTable(ctx, s.mirror, t)
-		if err != nil {
-			return err
-		}
-		if was == nil {
-			continue
-		}
-		for _, c := range t.Columns {
-			if _, known := was.Column(c.Name); known {
-				continue
-			}
-			var filled bool
-			err := s.source.QueryRow(ctx, "SELECT EXISTS (SELECT 1 FROM ONLY "+t.Ident()+" WHERE "+Quote(c.Name)+" IS NOT NULL)").Scan(&filled)
-			if err != nil {
-				return err
-			}
-			if filled {
-				problems = append(problems, Problem{Table: t.FullName(), Message: fmt.Sprintf("column %q is new at the source and already has values, which its "+
-					"change stream does not carry", c.Name), Remedy: recopyRemedy})
-			}
-		}
-	}
-	_, err := Refusing(problems)
-	return err
-}
-
-// addTables takes tables into a running set-up. While it copies them it holds the seat of the applier, so that
-// nothing is applied in between: their changes since they were published wait in the stream, are applied afterwards, and
-// repeat at most what the copy has already.
-func (s *setup) addTables(ctx context.Context, added []*Table) error {
-	const seatClass, applyDown = 22356, 2
-	deadline := time.Now().Add(30 * time.Second)
-	for {
-		var ok bool
-		if err := s.mirror.QueryRow(ctx, "SELECT pg_try_advisory_lock($1, $2)", seatClass, applyDown).Scan(&ok); err != nil {
-			return err
-		}
-		if ok {
-			break
-		}
-		if time.Now().After(deadline) {
-			return &ProblemsError{[]Problem{{Table: added[0].FullName(), Message: "is new in the definitions, and another server applies changes to the mirror at the moment",
-				Remedy: "stop the other servers for the time of this start, or " + recopyRemedy}}}
-		}
-		if err := sleep(ctx, 200*time.Millisecond); err != nil {
-			return err
-		}
-	}
-	run := randomHex(8)
-	if err := pgx.BeginFunc(ctx, s.mirror, func(tx pgx.Tx) error {
-		if err := writeMeta(ctx, tx, "copy_run", run); err != nil {
-			return err
-		}
-		for _, t := range added {
-			if _, err := tx.Exec(ctx, "TRUNCATE "+t.Ident()); err != nil {
-				return err
-			}
-		}
-		return nil
-	}); err != nil {
-		return err
-	}
-	if err := s.publishLocked(ctx, added); err != nil {
-		return err
-	}
-	holder, err := Connect(ctx, s.SourceDSN, "waystage-setup")
-	if err != nil {
-		return err
-	}
-	defer closeConn(holder)
-	tx, err := holder.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly})
-	if err != nil {
-		return err
-	}
-	defer func() { _ = tx.Rollback(context.WithoutCancel(ctx)) }()
-	c := &copier{setup: s, run: run}
-	if err := tx.QueryRow(ctx, "SELECT pg_export_snapshot()").Scan(&c.snapshot); err != nil {
-		return err
-	}
-	if err := c.copy(ctx, added); err != nil {
-		return err
-	}
-	if err := s.finishTables(ctx, added); err != nil {
-		return err
-	}
-	if err := pgx.BeginFunc(ctx, s.mirror, func(tx pgx.Tx) error {
-		if err := stillOurs(ctx, tx, run, "FOR UPDATE"); err != nil {
-			return err
-		}
-		_, err := tx.Exec(ctx, "UPDATE waystage.synced_table SET copied = true WHERE id = ANY($1)", tableIDs(added))
-		return err
-	}); err != nil {
-		return err
-	}
-	_, err = s.mirror.Exec(ctx, "SELECT pg_advisory_unlock($1, $2)", seatClass, applyDown)
 	return err
 }
 

@@ -171,7 +171,7 @@ CREATE INDEX ON waystage.tombstone (stamp);
 CREATE TABLE waystage.progress (
     direction  text PRIMARY KEY CHECK (direction IN ('down', 'up')),
     position   pg_lsn NOT NULL,                 -- end of the last applied transaction of the captured server
-    seq        bigint NOT NULL DEFAULT 0,       -- counts applied batches
+    seq        bigint NOT NULL DEFAULT 0,       -- down: counts applied batches; up: the term, see apply.Up
     up_seq     bigint NOT NULL DEFAULT 0,       -- down only: last marker of the source's progress table that was seen
     rewind     boolean NOT NULL DEFAULT false,  -- the applier asks its capture to start again from position
     committed_at timestamptz,                   -- commit time of the last applied transaction, for the lag in seconds
