@@ -4,9 +4,11 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"strings"
 	"testing"
 )
@@ -155,4 +157,52 @@ func TestVectors(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestErrorsDocumented: docs/errors.md has every code.
+func TestErrorsDocumented(t *testing.T) {
+	doc, err := os.ReadFile(filepath.Join("..", "docs", "errors.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	src, err := os.ReadFile("code.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, m := range regexp.MustCompile(`Code = "([a-z_]+)"`).FindAllSubmatch(src, -1) {
+		n++
+		if !strings.Contains(string(doc), "| `"+string(m[1])+"` |") {
+			t.Errorf("docs/errors.md does not explain %s", m[1])
+		}
+	}
+	if n < 30 {
+		t.Fatalf("only %d codes found", n)
+	}
+}
+
+// TestFieldsDocumented: docs/protocol.md has every field with its CBOR key.
+func TestFieldsDocumented(t *testing.T) {
+	doc, err := os.ReadFile(filepath.Join("..", "docs", "protocol.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(doc)
+	seen := map[*shape]bool{}
+	var look func(s *shape)
+	look = func(s *shape) {
+		if s == nil || seen[s] {
+			return
+		}
+		seen[s] = true
+		look(s.elem)
+		for _, f := range s.fields {
+			if s.kind == kObject && !strings.Contains(text, fmt.Sprintf("| %d | `%s` |", f.key, f.name)) && !strings.Contains(text, fmt.Sprintf("%d `%s`", f.key, f.name)) {
+				t.Errorf("docs/protocol.md does not name field %d %s", f.key, f.name)
+			}
+			look(f.shape)
+		}
+	}
+	look(requestShape())
+	look(pageShape())
 }
