@@ -108,9 +108,9 @@ func (s *upSession) dependsOn(c *upChange) (refusal, bool) {
 		if !touched || !complete {
 			continue
 		}
-		r, ok := s.refused[authorKey(parent.ID, keyID(key))]
+		decided, ok := s.refused[authorKey(parent.ID, keyID(key))]
 		// A device that already knew of the refusal means the row that is there now.
-		if ok && r.id < c.id && !c.created.After(r.decided) {
+		if ok && !c.created.After(decided) {
 			return refusal{code: refusedDependency, constraint: fk.Name,
 				detail: fmt.Sprintf("the row of %s that the change refers to (%s) was refused", parent.FullName(), strings.Join(key, ", "))}, true
 		}
@@ -118,24 +118,18 @@ func (s *upSession) dependsOn(c *upChange) (refusal, bool) {
 	return refusal{}, false
 }
 
-// refusedInsert is remembered for the changes that depend on it.
-type refusedInsert struct {
-	id      int64
-	decided time.Time
-}
-
 // recallRefused reads the refused inserts that changes still pending may depend on.
 func (s *upSession) recallRefused(ctx context.Context) error {
-	rows, err := s.mirror.Query(ctx, `SELECT tbl, key, id, decided_at FROM waystage.change
+	rows, err := s.mirror.Query(ctx, `SELECT tbl, key, decided_at FROM waystage.change
 		WHERE state = 'refused' AND op = 'I' AND decided_at >= (SELECT min(created_at) FROM waystage.change WHERE state = 'merged')`)
 	if err != nil {
 		return fmt.Errorf("refused inserts: %w", err)
 	}
 	var tbl int
 	var key []string
-	var r refusedInsert
-	_, err = pgx.ForEachRow(rows, []any{&tbl, &key, &r.id, &r.decided}, func() error {
-		s.refused[authorKey(tbl, keyID(key))] = r
+	var decided time.Time
+	_, err = pgx.ForEachRow(rows, []any{&tbl, &key, &decided}, func() error {
+		s.refused[authorKey(tbl, keyID(key))] = decided
 		return nil
 	})
 	if err != nil {
@@ -153,13 +147,16 @@ func (s *upSession) refuse(ctx context.Context, c *upChange, why refusal) error 
 		return fmt.Errorf("refuse: %w", err)
 	}
 	defer rollback(tx)
+	if err := s.holdTerm(ctx, tx); err != nil {
+		return err
+	}
 	if err := lockTables(ctx, tx, []int{c.t.ID}); err != nil {
 		return fmt.Errorf("refuse: %w", err)
 	}
 	return s.refuseLocked(ctx, tx, c, why)
 }
 
-// refuseLocked is refuse in a transaction that has the table's lock; it commits.
+// refuseLocked is refuse in a transaction that holds the term and the table's lock; it commits.
 func (s *upSession) refuseLocked(ctx context.Context, tx pgx.Tx, c *upChange, why refusal) error {
 	var winner *string
 	if why.code == refusedConflict {
@@ -204,13 +201,13 @@ func (s *upSession) refuseLocked(ctx context.Context, tx pgx.Tx, c *upChange, wh
 	s.u.state.with(func(st *Stats) { st.Refused++ })
 	if c.op == conflict.Insert {
 		if len(s.refused) >= maxRefused {
-			for k, r := range s.refused {
-				if c.created.Sub(r.decided) > time.Minute { // later changes were made after it
+			for k, at := range s.refused {
+				if c.created.Sub(at) > time.Minute { // later changes were made after it
 					delete(s.refused, k)
 				}
 			}
 		}
-		s.refused[authorKey(c.t.ID, keyID(c.key))] = refusedInsert{c.id, decided}
+		s.refused[authorKey(c.t.ID, keyID(c.key))] = decided
 	}
 	return nil
 }

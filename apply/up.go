@@ -83,18 +83,20 @@ type upSession struct {
 	epoch  string
 	purge  purger
 
-	seq      int64      // of the source's progress row: the chain
+	seq      int64      // of the source's progress row: the chain, which every source transaction demands and moves
+	term     int64      // what seq was when the session began: every refusal demands it of the mirror
 	position change.LSN // all changes of the mirror's transactions up to here are decided
 	saved    change.LSN // what the mirror's progress row says
 	saveDue  time.Time
 	lastAt   time.Time  // commit time of the transaction that ends at position
 	certain  change.LSN // changes committed behind this position were seen by no worker before this session
 
-	queue   []*upChange // read and not decided
-	marks   []mark      // where the mirror's transactions end in queue
-	refused map[string]refusedInsert
-	began   time.Time // when the first of queue came
-	idleAt  time.Time // when the last batch was decided
+	queue   []*upChange          // read and not decided
+	marks   []mark               // where the mirror's transactions end in queue
+	txs     int                  // mirror transactions read
+	refused map[string]time.Time // refused inserts by table and key: when
+	began   time.Time            // when the first of queue came
+	idleAt  time.Time            // when the last batch was decided
 }
 
 // mark is the end of a mirror transaction: all changes before the place in the queue belong to it or its predecessors.
@@ -106,7 +108,7 @@ type mark struct {
 
 func (u *Up) session(ctx context.Context) error {
 	u.state.set("starting", nil)
-	s := &upSession{u: u, ledger: map[uint32]*ledger{}, refused: map[string]refusedInsert{}, purge: purger{q: u.cfg.Changes, log: u.log}}
+	s := &upSession{u: u, ledger: map[uint32]*ledger{}, refused: map[string]time.Time{}, purge: purger{q: u.cfg.Changes, log: u.log}}
 	var err error
 	if s.mirror, err = connectMirror(ctx, u.cfg.Mirror, "waystage apply up"); err != nil {
 		return err
@@ -174,6 +176,9 @@ func (s *upSession) load(ctx context.Context) error {
 	if s.position, err = change.ParseLSN(at); err != nil {
 		return err
 	}
+	if err := s.beginTerm(ctx); err != nil {
+		return err
+	}
 	if err := s.await(ctx); err != nil {
 		return err
 	}
@@ -194,6 +199,34 @@ func (s *upSession) load(ctx context.Context) error {
 	s.position = max(s.position, s.saved)
 	s.feed = newFeed(s.position)
 	return s.recallRefused(ctx)
+}
+
+// beginTerm tells the mirror who may refuse from now on. A worker that was overtaken without noticing would else refuse
+// what its successor has just written to the source. It comes after the chain was moved, so that the numbers of terms and
+// the order in which workers took the chain are the same.
+func (s *upSession) beginTerm(ctx context.Context) error {
+	s.term = s.seq
+	tag, err := s.mirror.Exec(ctx, "UPDATE waystage.progress SET seq = $1 WHERE direction = 'up' AND seq < $1", s.term)
+	if err != nil {
+		return fmt.Errorf("begin the term: %w", err)
+	}
+	if tag.RowsAffected() != 1 {
+		return fmt.Errorf("%w: the mirror has a term after %d, or no row 'up' in waystage.progress", errFenced, s.term)
+	}
+	return nil
+}
+
+// holdTerm makes sure in a mirror transaction that the session's term lasts until its end.
+func (s *upSession) holdTerm(ctx context.Context, tx querier) error {
+	var term int64
+	err := tx.QueryRow(ctx, "SELECT seq FROM waystage.progress WHERE direction = 'up' FOR SHARE").Scan(&term)
+	if err == nil && term != s.term || errors.Is(err, pgx.ErrNoRows) {
+		return fmt.Errorf("%w: the mirror is in term %d, this session is %d", errFenced, term, s.term)
+	}
+	if err != nil {
+		return fmt.Errorf("look at the term: %w", err)
+	}
+	return nil
 }
 
 // await waits until down has seen our last transaction, and with it everything that the source committed before.
@@ -287,6 +320,7 @@ func (s *upSession) event(ev *change.Event) error {
 			s.ledger[ev.Relation.ID] = newLedger(ev.Relation)
 		}
 	case change.KindCommit:
+		s.txs++
 		s.marks = append(s.marks, mark{len(s.queue), ev.LSN, ev.Time})
 	case change.KindInsert:
 		l := s.ledger[ev.ID]
@@ -300,6 +334,7 @@ func (s *upSession) event(ev *change.Event) error {
 		if len(s.queue) == 0 {
 			s.began = time.Now()
 		}
+		c.tx = s.txs
 		s.queue = append(s.queue, c)
 	}
 	return nil
@@ -320,6 +355,14 @@ func (s *upSession) batch(ctx context.Context, n int) error {
 	todo, err := s.undecided(ctx, list)
 	if err != nil {
 		return err
+	}
+	for rest := todo; len(rest) > 0; {
+		same := 1
+		for same < len(rest) && rest[same].tx == rest[0].tx {
+			same++
+		}
+		inOrder(rest[:same])
+		rest = rest[same:]
 	}
 	if err := s.process(ctx, todo, end); err != nil {
 		return err
@@ -369,8 +412,8 @@ func (s *upSession) save(ctx context.Context, idle bool) error {
 		if !s.lastAt.IsZero() {
 			at = &s.lastAt
 		}
-		_, err := s.mirror.Exec(ctx, `UPDATE waystage.progress SET position = $1::text::pg_lsn, seq = $2, committed_at = coalesce($3, committed_at), updated_at = clock_timestamp()
-			WHERE direction = 'up' AND position < $1::text::pg_lsn`, s.position.String(), s.seq, at)
+		_, err := s.mirror.Exec(ctx, `UPDATE waystage.progress SET position = $1::text::pg_lsn, committed_at = coalesce($2, committed_at), updated_at = clock_timestamp()
+			WHERE direction = 'up' AND position < $1::text::pg_lsn`, s.position.String(), at)
 		if err != nil {
 			return fmt.Errorf("save progress: %w", err)
 		}

@@ -238,6 +238,9 @@ func (s *upSession) reconsider(ctx context.Context, c *upChange) (refused bool, 
 		return false, fmt.Errorf("read base: %w", err)
 	}
 	defer rollback(tx)
+	if err := s.holdTerm(ctx, tx); err != nil {
+		return false, err
+	}
 	// The lock also waits for the change's own merge to become visible.
 	if err := lockTables(ctx, tx, []int{c.t.ID}); err != nil {
 		return false, fmt.Errorf("read base: %w", err)

@@ -22,6 +22,7 @@ type upChange struct {
 	img     map[string]*string
 	old     *string // image of the mirror row that it was made on, as JSON; nil: absent
 	created time.Time
+	tx      int // the mirror transaction that it came with
 
 	expect  *string // what it expects at the source: old, until it is rebased
 	rebases int
@@ -151,46 +152,72 @@ func (c *upChange) values() (cols []int, g image, err error) {
 
 // unit is one set statement: changes of one table and form that write the same columns.
 type unit struct {
-	t     *target
-	f     form
-	cols  []int
-	list  []*upChange
-	imgs  []image
-	round int
+	t    *target
+	f    form
+	cols []int
+	list []*upChange
+	imgs []image
+	at   place
 }
 
-// plan sorts changes into statements. A key's k-th change goes into round k; within a round parents are written before
-// children and deleted after them.
-func plan(list []*upChange) ([]*unit, error) {
+// place of a change among those of its mirror transaction. A key's k-th change is of round k; within a round rows are
+// written before they are deleted, parents are written before children and deleted after them.
+type place struct{ round, order, rank int }
+
+func (p place) compare(q place) int {
+	return cmp.Or(cmp.Compare(p.round, q.round), cmp.Compare(p.order, q.order), cmp.Compare(p.rank, q.rank))
+}
+
+// places of the changes of a list.
+func places(list []*upChange) []place {
 	rounds := map[string]int{}
+	out := make([]place, len(list))
+	for i, c := range list {
+		k := authorKey(c.t.ID, keyID(c.key))
+		p := place{round: rounds[k], rank: c.t.Rank}
+		rounds[k]++
+		switch c.form() {
+		case formInsert:
+		case formUpdate:
+			p.order = 1
+		default:
+			p.order, p.rank = 2, -p.rank
+		}
+		out[i] = p
+	}
+	return out
+}
+
+// inOrder sorts the changes of one mirror transaction so that they can be written one after the other: the ledger has
+// them table by table.
+func inOrder(list []*upChange) {
+	at := map[*upChange]place{}
+	for i, p := range places(list) {
+		at[list[i]] = p
+	}
+	slices.SortStableFunc(list, func(a, b *upChange) int { return at[a].compare(at[b]) })
+}
+
+// plan sorts changes into statements.
+func plan(list []*upChange) ([]*unit, error) {
 	units := map[string]*unit{}
 	var out []*unit
-	for _, c := range list {
+	at := places(list)
+	for i, c := range list {
 		cols, g, err := c.values()
 		if err != nil {
 			return nil, err
 		}
-		k := authorKey(c.t.ID, keyID(c.key))
-		round := rounds[k]
-		rounds[k]++
-		f := c.form()
-		id := fmt.Sprint(round, f, c.t.ID, cols)
+		id := fmt.Sprint(at[i], c.form(), c.t.ID, cols)
 		un := units[id]
 		if un == nil || len(un.list) >= maxUnit {
-			un = &unit{t: c.t, f: f, cols: cols, round: round}
+			un = &unit{t: c.t, f: c.form(), cols: cols, at: at[i]}
 			units[id] = un
 			out = append(out, un)
 		}
 		un.list, un.imgs = append(un.list, c), append(un.imgs, g)
 	}
-	order := map[form]int{formInsert: 0, formUpdate: 1, formDelete: 2, formGone: 2}
-	slices.SortStableFunc(out, func(a, b *unit) int {
-		rank := cmp.Compare(a.t.Rank, b.t.Rank)
-		if order[a.f] == 2 {
-			rank = -rank
-		}
-		return cmp.Or(cmp.Compare(a.round, b.round), cmp.Compare(order[a.f], order[b.f]), rank)
-	})
+	slices.SortStableFunc(out, func(a, b *unit) int { return a.at.compare(b.at) })
 	return out, nil
 }
 
