@@ -145,7 +145,8 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 
 	catalog := stages.NewCatalog(done.Epoch, done.Definitions, done.Tables)
 	current := func() *stages.Catalog { return catalog }
-	tables := func(context.Context) ([]*schema.Table, error) { return done.Tables, nil }
+	// Asked at each session: another server may have added tables, and one that left the definitions stays in step.
+	tables := func(ctx context.Context) ([]*schema.Table, error) { return schema.LoadTables(ctx, mirror) }
 	kick := func(stage string) {
 		if err := q.Kick(stage); err != nil {
 			log.Debug("kick failed", zap.String("stage", stage), zap.Error(err)) // a stage also looks by itself
