@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"testing"
 	"time"
 
@@ -336,4 +337,33 @@ func TestRestartOfAPurgedStream(t *testing.T) {
 	b.restart(false)
 	b.publish(queue.Down, "r1", 21, 30)
 	expect(t, r, "r1", 21, 30)
+}
+
+// Devices that log in while the server stops must not take the process with them.
+func TestShutdownUnderLogins(t *testing.T) {
+	b := start(t)
+	b.device("alice/phone")
+	url, over := b.url(), make(chan struct{})
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-over:
+					return
+				default:
+				}
+				nc, err := nats.Connect(url, nats.UserInfo("alice/phone", "alice-password"), nats.Timeout(time.Second), nats.NoReconnect())
+				if err == nil {
+					nc.Close()
+				}
+			}
+		})
+	}
+	time.Sleep(100 * time.Millisecond) // logins are under way
+	b.stop()                           // the callout goes first: from now on they wait
+	b.server.Shutdown()
+	b.server.Shutdown() // twice does no harm
+	close(over)
+	wg.Wait()
 }

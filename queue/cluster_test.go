@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
@@ -48,12 +49,20 @@ func external(t testing.TB, s queue.Secrets, n int) []*server.Server {
 			t.Fatalf("%v\n%s", err, text)
 		}
 		opts.NoLog, opts.NoSigs = true, true
+		opts.LameDuckGracePeriod, opts.LameDuckDuration = 50*time.Millisecond, 500*time.Millisecond
 		if nodes[i], err = server.NewServer(opts); err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { nodes[i].Shutdown(); nodes[i].WaitForShutdown() })
+		t.Cleanup(func() { end(nodes[i]) })
 	}
 	return nodes
+}
+
+// end stops a server as [queue.Server.Shutdown] does, and for the same reason.
+func end(s *server.Server) {
+	s.LameDuckShutdown()
+	s.Shutdown()
+	s.WaitForShutdown()
 }
 
 func TestClusterOfServers(t *testing.T) {
@@ -123,13 +132,13 @@ func TestClusterOfServers(t *testing.T) {
 		})
 	}
 	for _, d := range []*device{tablet, bob} {
-		if r := d.put(session(1), "1-1", []byte("x"), nil); !r.Stored || d.nc.Reconnects > 0 {
+		if r := d.put(session(1), "1-1", []byte("x"), nil); !r.Stored || d.nc.Stats().Reconnects > 0 {
 			t.Fatalf("%s/%s was closed too: %+v", d.user, d.name, r)
 		}
 	}
 
 	// One node goes: everything goes on.
-	nodes[1].Shutdown()
+	end(nodes[1])
 	eventually(t, "put with two nodes", func() error {
 		if r := bob.put(session(2), "1-1", []byte("x"), nil); !r.Stored {
 			return r.Error

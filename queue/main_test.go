@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -13,7 +14,8 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nkeys"
 	"go.uber.org/goleak"
-	"go.uber.org/zap/zaptest"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 
 	"github.com/waystage/waystage/protocol"
 	"github.com/waystage/waystage/queue"
@@ -164,7 +166,33 @@ func (b *bench) serve() {
 	})
 }
 
-func quiet(t testing.TB) *zapLogger { return zaptest.NewLogger(t, zaptest.Level(levelError)) }
+// quiet logs errors to the test, as long as it runs: a NATS server has goroutines that log after its shutdown.
+func quiet(t testing.TB) *zap.Logger {
+	s := &sink{t: t}
+	t.Cleanup(func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.over = true
+	})
+	return zap.New(zapcore.NewCore(zapcore.NewConsoleEncoder(zap.NewDevelopmentEncoderConfig()), s, zap.ErrorLevel))
+}
+
+type sink struct {
+	t    testing.TB
+	mu   sync.Mutex
+	over bool
+}
+
+func (s *sink) Write(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.over {
+		s.t.Logf("%s", b)
+	}
+	return len(b), nil
+}
+
+func (s *sink) Sync() error { return nil }
 
 func (b *bench) url() string {
 	if b.server != nil {
@@ -208,11 +236,16 @@ func (d *device) note(err error) {
 	d.errors = append(d.errors, err)
 }
 
-// violations counts the permission errors that the broker has reported.
-func (d *device) violations() (n int) {
+// heard is what the broker has reported.
+func (d *device) heard() []error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, err := range d.errors {
+	return slices.Clone(d.errors)
+}
+
+// violations counts the permission errors that the broker has reported.
+func (d *device) violations() (n int) {
+	for _, err := range d.heard() {
 		if errors.Is(err, nats.ErrPermissionViolation) {
 			n++
 		}

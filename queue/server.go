@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -32,6 +33,7 @@ type ServerOptions struct {
 type Server struct {
 	srv     *server.Server
 	secrets Secrets
+	once    sync.Once
 }
 
 // StartServer starts a server and waits until it takes connections.
@@ -88,6 +90,8 @@ func options(o ServerOptions) (*server.Options, error) {
 	opts.DisableShortFirstPing = true
 	// Devices log in by signing the server's nonce; the callout checks it.
 	opts.AlwaysEnableNonce = true
+	// How long closing the connections takes; see Shutdown.
+	opts.LameDuckGracePeriod, opts.LameDuckDuration = 50*time.Millisecond, 500*time.Millisecond
 	if o.TLS != nil {
 		opts.TLS, opts.TLSConfig, opts.TLSTimeout = true, o.TLS, 5
 	}
@@ -121,10 +125,14 @@ func (s *Server) WebsocketURL() string { return s.srv.WebsocketURL() }
 // Secrets are those in force, for people who explore the streams with the nats tool.
 func (s *Server) Secrets() Secrets { return s.secrets }
 
-// Shutdown stops the server and waits until it has ended and its store is closed.
+// Shutdown stops the server and waits until it has ended and its store is closed. Connections are closed first, and no
+// new ones taken: a login that asks the callout while nats-server (2.15.2) takes its event system down would crash the process.
 func (s *Server) Shutdown() {
-	s.srv.Shutdown()
-	s.srv.WaitForShutdown()
+	s.once.Do(func() {
+		s.srv.LameDuckShutdown()
+		s.srv.Shutdown() // if there was no listener yet
+		s.srv.WaitForShutdown()
+	})
 }
 
 // serverLog hands the server's messages on. Its notices tell of each start in thirty lines: debug.
