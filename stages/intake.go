@@ -2,6 +2,7 @@ package stages
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,6 +28,8 @@ type IntakeConfig struct {
 
 func (c IntakeConfig) withDefaults() IntakeConfig {
 	def(&c.Limits, protocol.DefaultLimits())
+	// A row goes back to other devices on a page, which the queue must take.
+	c.Limits.Row = min(cmp.Or(c.Limits.Row, maxRow), maxRow)
 	def(&c.MaxParts, 500)
 	def(&c.Wait, time.Second)
 	def(&c.SeriesTimeout, time.Minute)
@@ -35,6 +38,9 @@ func (c IntakeConfig) withDefaults() IntakeConfig {
 	def(&c.MaxDeliveries, 5)
 	return c
 }
+
+// maxRow bounds the image of a row, in bytes.
+const maxRow = 960 << 10
 
 // Intake takes requests from the input queue into the staging tables, one commit for all that is queued.
 type Intake struct {
@@ -194,7 +200,7 @@ func (in *Intake) process(ctx context.Context, reqs []*incoming) error {
 		in.kick.to(StageReply)
 	}
 	in.metrics.count("staged", staged+empty)
-	in.metrics.count("again", len(reqs)-len(open)+countOf(open, again))
+	in.metrics.count("again", countOf(reqs, again))
 	in.metrics.records("staged", records)
 	return nil
 }

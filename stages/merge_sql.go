@@ -103,14 +103,14 @@ SELECT s.session_id, s.idx, e.device_id, e.incarnation, e.n, s.tbl, s.tname, s.o
 	coalesce(m._ws_version, 0), m._ws_lw, coalesce(m._ws_mver, 0), nullif(s.code, ''), nullif(s.detail, ''),
 	CASE WHEN s.state = 'rejected' THEN CASE
 		WHEN m._ws_version IS NULL THEN (SELECT v.user_name || '/' || v.name FROM waystage.change c JOIN waystage.device v ON v.id = c.device_id
-			WHERE c.tbl = s.tbl AND c.key = s.key AND c.state = 'merged' AND c.op = 'D' ORDER BY c.id DESC LIMIT 1)
+			WHERE c.tbl = s.tbl AND c.key = ARRAY[%s]::text[] AND c.state = 'merged' AND c.op = 'D' ORDER BY c.id DESC LIMIT 1)
 		ELSE coalesce((SELECT v.user_name || '/' || v.name FROM waystage.incarnation i JOIN waystage.device v ON v.id = i.device_id WHERE i.id = m._ws_lw), 'source')
 	END END,
 	CASE WHEN s.state = 'rejected' THEN clock_timestamp() END
 FROM (SELECT d.state, d.version, d.code, d.detail, d.ord, s.* FROM unnest($1::bigint[], $2::int[], $3::text[], $4::bigint[], $5::text[], $6::text[])
 		WITH ORDINALITY AS d(sid, idx, state, version, code, detail, ord)
 	JOIN waystage.staging s ON s.tbl = %d AND s.session_id = d.sid AND s.idx = d.idx OFFSET 0) s%s
-ORDER BY s.ord`, strings.Join(canon, ", "), strings.Join(names, ", "), strings.Join(texts, ", "), t.ID, rest)
+ORDER BY s.ord`, strings.Join(canon, ", "), strings.Join(names, ", "), strings.Join(texts, ", "), strings.Join(canon, ", "), t.ID, rest)
 
 	q.insert = fmt.Sprintf(`INSERT INTO %s (%s, _ws_version, _ws_lw, _ws_mver)
 SELECT %s, $3::bigint, e.incarnation, $3::bigint

@@ -73,14 +73,15 @@ func (p *Pruner) Prune(ctx context.Context) (n Pruned, err error) {
 	if n.Cursors, n.Tombstones, err = p.horizon(ctx); err != nil {
 		return n, err
 	}
-	// A verdict may go when a request has come whose cursor had passed it (rule D5), or when the life of the device's file
+	// A verdict may go when the incarnation's last request had a cursor that had passed it (rule D5), or when the life of the device's file
 	// that waited for it is over.
 	n.Changes, err = p.chunks(ctx, "changes", `
 		DELETE FROM waystage.change WHERE id IN (
 			SELECT c.id FROM waystage.change c
 			WHERE c.state <> 'merged' AND coalesce(c.decided_at, c.created_at) < now() - CASE WHEN c.state = 'applied' THEN $2::interval ELSE $3::interval END
-				AND (EXISTS (SELECT FROM waystage.session s JOIN waystage.cursor k ON k.token = s.cursor_from
-						WHERE s.incarnation = c.incarnation AND s.n > c.n AND k.since > c.stamp)
+				AND (EXISTS (SELECT FROM waystage.incarnation i JOIN waystage.session s ON s.incarnation = i.id AND s.n = i.last_n
+						JOIN waystage.cursor k ON k.token = s.cursor_from
+						WHERE i.id = c.incarnation AND s.n > c.n AND k.since > c.stamp)
 					OR EXISTS (SELECT FROM waystage.incarnation mine JOIN waystage.incarnation later
 						ON later.device_id = mine.device_id AND later.created_at > mine.created_at AND later.last_n > 0 WHERE mine.id = c.incarnation))
 			ORDER BY c.id LIMIT $1)`, p.cfg.Changes, p.cfg.Rejects)
@@ -103,7 +104,7 @@ func (p *Pruner) Prune(ctx context.Context) (n Pruned, err error) {
 		DELETE FROM waystage.keyset WHERE created_at < now() - interval '1 hour' AND id IN (
 			SELECT k.id FROM waystage.keyset k
 			WHERE k.created_at < now() - interval '1 hour'
-				AND NOT EXISTS (SELECT FROM waystage.cursor c, jsonb_each_text(c.keysets->'tables') e WHERE e.value = k.id::text)
+				AND k.id NOT IN (SELECT e.value::bigint FROM waystage.cursor c, jsonb_each_text(c.keysets->'tables') e WHERE e.value IS NOT NULL)
 			ORDER BY k.id LIMIT $1)`)
 	return n, err
 }
