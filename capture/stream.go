@@ -26,12 +26,11 @@ const (
 
 // stream is a replication connection in streaming mode. It is used by one goroutine.
 type stream struct {
-	conn   net.Conn
-	fe     *pgproto3.Frontend
-	in     *gather
-	every  time.Duration // between unsolicited status messages
-	buf    []byte
-	closed bool
+	conn  net.Conn
+	fe    *pgproto3.Frontend
+	in    *gather
+	every time.Duration // between unsolicited status messages
+	buf   []byte
 }
 
 // hello is what the server said about itself before streaming.
@@ -199,15 +198,17 @@ func (s *stream) status(write, flush change.LSN) error {
 	return nil
 }
 
-// close ends the stream politely, so that the slot is free at once.
+// close ends the stream politely: the server reads our last status, and the slot is free when it has hung up. Closing with
+// data unread would throw away what the server has not read yet.
 func (s *stream) close() {
-	if s.closed {
+	defer s.conn.Close()
+	if s.conn.SetDeadline(time.Now().Add(2*time.Second)) != nil {
 		return
 	}
-	s.closed = true
-	_ = s.conn.SetWriteDeadline(time.Now().Add(time.Second))
-	_, _ = s.conn.Write([]byte{'c', 0, 0, 0, 4, 'X', 0, 0, 0, 4}) // CopyDone, Terminate
-	_ = s.conn.Close()
+	if _, err := s.conn.Write([]byte{'c', 0, 0, 0, 4, 'X', 0, 0, 0, 4}); err != nil { // CopyDone, Terminate
+		return
+	}
+	_, _ = io.Copy(io.Discard, s.conn) // until the server hangs up, or the time is over
 }
 
 // fatal finds the errors of the stream that retrying cannot mend.
