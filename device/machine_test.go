@@ -338,14 +338,11 @@ func (m *machine) quiesce() {
 	}
 	m.open = nil
 	m.srv.lateMerge = false
-	for round := range 8 {
+	for range 5 {
 		m.srv.settleAll()
 		for _, a := range m.actors {
 			m.sync(a, false)
 			m.check()
-		}
-		if round < 2 {
-			continue
 		}
 	}
 	for _, a := range m.actors {

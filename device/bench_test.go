@@ -1,0 +1,51 @@
+package device
+
+import (
+	"context"
+	"fmt"
+	"testing"
+)
+
+// BenchmarkFirstSync applies 20,000 rows of a new device.
+func BenchmarkFirstSync(b *testing.B) {
+	const rows = 20_000
+	srv := newServer(b)
+	srv.perPage = 2000
+	for i := range rows {
+		srv.foreign("public.item", []string{fmt.Sprint(i)}, image{"id": ptr(fmt.Sprint(i)), "grp": ptr("1"), "val": ptr(fmt.Sprintf("value %d", i))})
+	}
+	for b.Loop() {
+		d := srv.device(b, "a", Options{})
+		rep, err := d.Sync(context.Background(), SyncOptions{})
+		if err != nil || rep.Rows != rows {
+			b.Fatal(err, rep.Rows)
+		}
+		_ = d.Close()
+	}
+	b.ReportMetric(rows*float64(b.N)/b.Elapsed().Seconds(), "rows/s")
+}
+
+// BenchmarkUpload freezes, sends and settles 5,000 edits.
+func BenchmarkUpload(b *testing.B) {
+	const rows = 5_000
+	srv := newServer(b)
+	srv.perPage = 2000
+	d := srv.device(b, "a", Options{})
+	if _, err := d.Sync(context.Background(), SyncOptions{}); err != nil {
+		b.Fatal(err)
+	}
+	n := 0
+	for b.Loop() {
+		b.StopTimer()
+		n++
+		for i := range rows {
+			mustExec(b, d, `INSERT INTO item VALUES (?, 1, ?) ON CONFLICT DO UPDATE SET val = excluded.val`, i, fmt.Sprint(n))
+		}
+		b.StartTimer()
+		rep, err := d.Sync(context.Background(), SyncOptions{})
+		if err != nil || rep.Merged != rows {
+			b.Fatal(err, rep)
+		}
+	}
+	b.ReportMetric(rows*float64(b.N)/b.Elapsed().Seconds(), "edits/s")
+}
