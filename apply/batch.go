@@ -275,7 +275,7 @@ func (b *batch) current(ctx context.Context, t *table, key []string) (image, err
 
 func diverged(t *table, key []string, what string) error {
 	return &Error{CodeDiverged, fmt.Sprintf("the source %s: table %s, key %q", what, t.FullName(), key),
-		"The mirror is not what it was: `waystage verify` shows where, `waystage init --resync` mends it; devices keep their changes"}
+		"The mirror is not what it was: `waystage serve --recopy` copies the tables anew; devices keep their changes"}
 }
 
 // lock takes the locks of all that the flush will read or write.

@@ -92,7 +92,7 @@ func (d *Down) load(ctx context.Context, conn *pgx.Conn) (position change.LSN, u
 	var text string
 	err = conn.QueryRow(ctx, "SELECT position::text, up_seq FROM waystage.progress WHERE direction = 'down'").Scan(&text, &upSeq)
 	if errors.Is(err, pgx.ErrNoRows) {
-		return 0, 0, &Error{CodeProgress, "waystage.progress of the mirror has no row 'down'", "Finish the set-up: `waystage init`"}
+		return 0, 0, &Error{CodeProgress, "waystage.progress of the mirror has no row 'down'", "Start `waystage serve` again: it finishes the set-up"}
 	}
 	if err != nil {
 		return 0, 0, fmt.Errorf("read progress: %w", err)
@@ -104,7 +104,7 @@ func (d *Down) load(ctx context.Context, conn *pgx.Conn) (position change.LSN, u
 func readEpoch(ctx context.Context, conn *pgx.Conn) (epoch string, err error) {
 	err = conn.QueryRow(ctx, "SELECT value FROM waystage.meta WHERE key = 'epoch'").Scan(&epoch)
 	if errors.Is(err, pgx.ErrNoRows) {
-		return "", &Error{CodeProgress, "the mirror has no epoch", "Finish the set-up: `waystage init`"}
+		return "", &Error{CodeProgress, "the mirror has no epoch", "Start `waystage serve` again: it finishes the set-up"}
 	}
 	if err != nil {
 		return "", fmt.Errorf("read the epoch: %w", err)

@@ -29,7 +29,7 @@ type table struct {
 
 func newTable(t *schema.Table) (*table, error) {
 	if len(t.Key) == 0 {
-		return nil, &Error{CodeTable, fmt.Sprintf("table %s has no primary key", t.FullName()), "Give it one and run `waystage init` again"}
+		return nil, &Error{CodeTable, fmt.Sprintf("table %s has no primary key", t.FullName()), "Give it one and start `waystage serve` again"}
 	}
 	w := &table{Table: t, at: make(map[string]int, len(t.Columns))}
 	for i, c := range t.Columns {
@@ -38,7 +38,7 @@ func newTable(t *schema.Table) (*table, error) {
 	for _, k := range t.Key {
 		i, ok := w.at[k]
 		if !ok {
-			return nil, &Error{CodeTable, fmt.Sprintf("key column %s of table %s is not among its columns", k, t.FullName()), "Run `waystage init` again"}
+			return nil, &Error{CodeTable, fmt.Sprintf("key column %s of table %s is not among its columns", k, t.FullName()), "Start `waystage serve` again"}
 		}
 		w.keys = append(w.keys, i)
 	}
@@ -243,7 +243,7 @@ func (w *table) bind(desc *change.Relation) (*relation, error) {
 		for _, c := range w.Columns {
 			if !slices.ContainsFunc(desc.Columns, func(d change.RelationColumn) bool { return d.Name == c.Name }) {
 				return nil, &Error{CodeTable, fmt.Sprintf("column %s of table %s is gone at the source", c.Name, w.FullName()),
-					"Run `waystage init` to take the table's new shape over; changes wait until then"}
+					"Start `waystage serve` again to take the new shape of the table over; changes wait until then"}
 			}
 		}
 	}

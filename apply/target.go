@@ -91,7 +91,7 @@ func readTargets(ctx context.Context, conn *pgx.Conn, tables map[int]*table) (ma
 	for _, t := range out {
 		if i := slices.Index(t.full, ""); i >= 0 {
 			return nil, &Error{CodeTable, fmt.Sprintf("the source has no column %s in table %s", t.Columns[i].Name, t.FullName()),
-				"Run `waystage init` to take the table's new shape over; changes wait until then"}
+				"Start `waystage serve` again to take the new shape of the table over; changes wait until then"}
 		}
 	}
 	return out, nil

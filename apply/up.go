@@ -168,7 +168,7 @@ func (s *upSession) load(ctx context.Context) error {
 	err = s.source.QueryRow(context.WithoutCancel(ctx), `UPDATE waystage.progress SET seq = seq + 1, carries = '', worker = $2, at = clock_timestamp()
 		WHERE epoch = $1 RETURNING seq, position::text`, s.epoch, s.u.cfg.Worker).Scan(&s.seq, &at)
 	if errors.Is(err, pgx.ErrNoRows) {
-		return &Error{CodeProgress, fmt.Sprintf("the source's waystage.progress has no row for epoch %q", s.epoch), "Finish the set-up: `waystage init`"}
+		return &Error{CodeProgress, fmt.Sprintf("the source's waystage.progress has no row for epoch %q", s.epoch), "Start `waystage serve` again: it finishes the set-up"}
 	}
 	if err != nil {
 		return fmt.Errorf("take the chain over: %w", err)
@@ -185,7 +185,7 @@ func (s *upSession) load(ctx context.Context) error {
 	var certain string
 	err = s.mirror.QueryRow(ctx, "SELECT position::text, pg_current_wal_insert_lsn()::text FROM waystage.progress WHERE direction = 'up'").Scan(&at, &certain)
 	if errors.Is(err, pgx.ErrNoRows) {
-		return &Error{CodeProgress, "waystage.progress of the mirror has no row 'up'", "Finish the set-up: `waystage init`"}
+		return &Error{CodeProgress, "waystage.progress of the mirror has no row 'up'", "Start `waystage serve` again: it finishes the set-up"}
 	}
 	if err != nil {
 		return fmt.Errorf("read progress: %w", err)
@@ -237,7 +237,7 @@ func (s *upSession) await(ctx context.Context) error {
 		var seen int64
 		err := s.mirror.QueryRow(ctx, "SELECT up_seq FROM waystage.progress WHERE direction = 'down'").Scan(&seen)
 		if errors.Is(err, pgx.ErrNoRows) {
-			return &Error{CodeProgress, "waystage.progress of the mirror has no row 'down'", "Finish the set-up: `waystage init`"}
+			return &Error{CodeProgress, "waystage.progress of the mirror has no row 'down'", "Start `waystage serve` again: it finishes the set-up"}
 		}
 		if err != nil {
 			return fmt.Errorf("read progress: %w", err)

@@ -70,7 +70,7 @@ func (l *ledger) change(vals []change.Value, targets map[int]*target) (*upChange
 		return nil, fmt.Errorf("%w: table of change %d: %v", change.ErrNotChangeData, c.id, err)
 	}
 	if c.t = targets[tbl]; c.t == nil {
-		return nil, &Error{CodeTable, fmt.Sprintf("change %d is of table %d (%s), which is not synced", c.id, tbl, must("tname")), "Run `waystage init` again"}
+		return nil, &Error{CodeTable, fmt.Sprintf("change %d is of table %d (%s), which is not synced", c.id, tbl, must("tname")), "Start `waystage serve` again"}
 	}
 	if op := must("op"); len(op) == 1 {
 		c.op = conflict.Op(op[0])

@@ -27,4 +27,4 @@ func (e *Error) Error() string {
 	return fmt.Sprintf("capture: %s: %s. %s", e.Code, e.Detail, e.Remedy)
 }
 
-const remedyResync = "Make the slot anew and reconcile the mirror with the source: `waystage init --resync`; devices keep their changes"
+const remedyResync = "Copy the tables anew: `waystage serve --recopy`; devices keep their changes"

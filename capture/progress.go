@@ -38,7 +38,7 @@ func (p *progress) read(ctx context.Context) (pos change.LSN, rewind bool, err e
 	var text string
 	err = p.conn.QueryRow(ctx, "SELECT position::text, rewind FROM waystage.progress WHERE direction = $1", p.direction).Scan(&text, &rewind)
 	if errors.Is(err, pgx.ErrNoRows) {
-		return 0, false, &Error{CodeProgress, fmt.Sprintf("waystage.progress has no row %q", p.direction), "Finish the set-up: `waystage init`"}
+		return 0, false, &Error{CodeProgress, fmt.Sprintf("waystage.progress has no row %q", p.direction), "Start `waystage serve` again: it finishes the set-up"}
 	}
 	if err != nil {
 		return 0, false, fmt.Errorf("read the target's position: %w", err)

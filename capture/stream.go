@@ -73,7 +73,7 @@ func (c *Config) inspect(ctx context.Context, conn *pgconn.PgConn) (hello, error
 	h.system, h.timeline, h.flushed = sys.SystemID, sys.Timeline, change.LSN(sys.XLogPos)
 	if c.SystemID != "" && c.SystemID != h.system {
 		return h, &Error{CodeSystem, fmt.Sprintf("the server's system identifier is %s, expected %s", h.system, c.SystemID),
-			"Connect to the server that was set up, or set Waystage up anew with `waystage init`"}
+			"Connect to the server that was set up, or copy everything anew with `waystage serve --recopy`"}
 	}
 	row, err := queryRow(ctx, conn, `SELECT plugin, coalesce(database, ''), (database = current_database())::text, coalesce(wal_status, ''),
 		coalesce(confirmed_flush_lsn::text, '0/0'), coalesce(restart_lsn::text, '') FROM pg_replication_slots WHERE slot_name = `+schema.Literal(c.Slot))

@@ -199,7 +199,7 @@ func (t *Table) changedSince(old *Table) []Problem {
 	return out
 }
 
-const recopyRemedy = "copy everything anew with `waystage init --recopy` (devices keep their unsent changes)"
+const recopyRemedy = "copy everything anew with `waystage serve --recopy` (devices keep their unsent changes)"
 
 func (t *Table) columnDDL() []string {
 	out := make([]string, 0, len(t.Columns)+1)

@@ -137,7 +137,7 @@ func lookAtSlot(ctx context.Context, c *pgx.Conn, f *findings, slot string) erro
 	case err != nil:
 		return err
 	case status == "lost":
-		f.add(Failure, "slot_lost", "waystage init --recopy makes a new slot and copies the tables anew; unsent device changes stay", "slot %s is lost: the server removed WAL that was still needed (max_slot_wal_keep_size)", slot)
+		f.add(Failure, "slot_lost", "waystage serve --recopy makes a new slot and copies the tables anew; unsent device changes stay", "slot %s is lost: the server removed WAL that was still needed (max_slot_wal_keep_size)", slot)
 	case plugin != "pgoutput":
 		f.add(Failure, "slot_plugin", "SELECT pg_drop_replication_slot("+Literal(slot)+"), if nothing else uses it", "slot %s belongs to plugin %q", slot, plugin)
 	default:
