@@ -14,7 +14,7 @@ import (
 
 // Accounts. Devices are in one that has no JetStream and neither imports nor exports: the broker checks the subject of a
 // publish but not its reply subject, and JetStream answers there with its own rights, so a device in reach of JetStream
-// could store requests as somebody else and delete streams (docs/adr/ has the traces).
+// could store requests as somebody else and delete streams (docs/adr/0005-devices-never-touch-jetstream.md).
 const (
 	accountAuth    = "AUTH"
 	accountApp     = "APP"

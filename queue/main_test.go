@@ -2,10 +2,12 @@ package queue_test
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -100,6 +102,7 @@ type bench struct {
 	gwcfg   queue.GatewayConfig
 	stop    func()
 	tcp     bool
+	trust   *tls.Config
 }
 
 // overTCP makes a bench whose server can be restarted.
@@ -124,10 +127,14 @@ func start(t testing.TB, changes ...func(*bench)) *bench {
 		t.Cleanup(b.server.Shutdown)
 		if b.tcp { // as if the server were another process
 			b.options.Secrets = b.server.Secrets()
-			if _, err := fmt.Sscanf(b.server.URL(), "nats://127.0.0.1:%d", &b.options.Port); err != nil {
+			_, port, _ := strings.Cut(strings.TrimPrefix(b.server.URL(), "nats://"), ":")
+			if b.trust != nil {
+				_, port, _ = strings.Cut(strings.TrimPrefix(b.server.URL(), "tls://"), ":")
+			}
+			if b.options.Port, err = strconv.Atoi(port); err != nil {
 				t.Fatal(err)
 			}
-			b.cfg.Broker = queue.Broker{URLs: []string{b.server.URL()}, Secrets: b.options.Secrets}
+			b.cfg.Broker = queue.Broker{URLs: []string{b.server.URL()}, Secrets: b.options.Secrets, TLS: b.trust}
 		} else {
 			b.cfg.Broker.Embedded = b.server
 		}
