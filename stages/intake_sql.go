@@ -16,7 +16,7 @@ func (in *Intake) stage(ctx context.Context, cat *Catalog, reqs []*incoming) (ba
 	if cat == nil {
 		return nil, errNoCatalog
 	}
-	tx, err := in.db.Begin(ctx)
+	tx, err := in.db.BeginTx(ctx, byIndex(""))
 	if err != nil {
 		return nil, fmt.Errorf("begin staging: %w", err)
 	}
@@ -47,6 +47,14 @@ func (in *Intake) stage(ctx context.Context, cat *Catalog, reqs []*incoming) (ba
 		return nil, fmt.Errorf("commit staging: %w", err)
 	}
 	return back, nil
+}
+
+// byIndex begins a transaction whose statements find rows by index only. Batches are small against the tables: a plan that
+// scans one, made while it was still empty and kept by the connection, costs more with every row (measured: three times
+// for merge, any factor for lookups).
+func byIndex(mode string) pgx.TxOptions {
+	return pgx.TxOptions{BeginQuery: "BEGIN " + mode + "; SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; " +
+		"SET LOCAL enable_mergejoin = off; SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL jit = off"}
 }
 
 // rollback ends a transaction that was not committed; its own failure means that the connection is gone, and with

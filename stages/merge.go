@@ -101,7 +101,7 @@ func (b *mergeBatch) run(doing func(string)) (err error) {
 	if b.cat == nil {
 		return errNoCatalog
 	}
-	if b.tx, err = b.m.db.Begin(b.ctx); err != nil {
+	if b.tx, err = b.m.db.BeginTx(b.ctx, byIndex("")); err != nil {
 		return fmt.Errorf("begin merging: %w", err)
 	}
 	defer rollback(b.tx)
@@ -136,16 +136,12 @@ func wrap(what string, err error) error {
 	return nil
 }
 
-// claim takes sessions. The planner is kept from scanning a mirror table for the sake of a batch.
+// claim takes sessions.
 func (b *mergeBatch) claim() (records int, err error) {
 	sessions, sets, one := b.m.held.now()
 	limit := b.m.cfg.MaxSessions
 	if one {
 		limit = 1
-	}
-	_, err = b.tx.Exec(b.ctx, "SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL jit = off")
-	if err != nil {
-		return 0, err
 	}
 	rows, err := b.tx.Query(b.ctx, claimSQL, b.m.cfg.MaxRecords, sessions, sets, limit)
 	if err != nil {

@@ -72,15 +72,16 @@ func (r *Reply) Batch(_, work context.Context, doing func(string)) (int, error) 
 		return 0, fmt.Errorf("connect for replies: %w", err)
 	}
 	defer conn.Release()
-	sessions, err := r.claim(work, conn)
+	locked, sessions, err := r.claim(work, conn)
+	if locked || err != nil {
+		defer unlock(conn)
+	}
 	if err != nil {
-		unlock(conn)
 		return 0, fmt.Errorf("find sessions to answer: %w", err)
 	}
 	if len(sessions) == 0 {
 		return 0, nil
 	}
-	defer unlock(conn)
 	doing(fmt.Sprintf("replies to %d sessions, from session %d", len(sessions), sessions[0].id))
 	var small []*session
 	done := 0
@@ -138,32 +139,35 @@ type session struct {
 
 // claim locks sessions for this worker. The locks are of the connection, not of a transaction: a transaction that had
 // locked rows would hold back the horizon of all cursors while pages are made.
-func (r *Reply) claim(ctx context.Context, conn *pgxpool.Conn) ([]*session, error) {
+func (r *Reply) claim(ctx context.Context, conn *pgxpool.Conn) (locked bool, sessions []*session, err error) {
 	heldSessions, heldSets, one := r.held.now()
 	limit := r.cfg.MaxSessions
 	if one {
 		limit = 1
 	}
-	rows, err := conn.Query(ctx, openSQL, r.cfg.WaitSource.Seconds(), heldSessions, heldSets, limit)
+	tx, err := conn.BeginTx(ctx, byIndex(""))
 	if err != nil {
-		return nil, err
+		return false, nil, err
+	}
+	defer rollback(tx)
+	rows, err := tx.Query(ctx, openSQL, r.cfg.WaitSource.Seconds(), heldSessions, heldSets, limit)
+	if err != nil {
+		return false, nil, err
 	}
 	ids, err := pgx.CollectRows(rows, pgx.RowTo[int64])
 	if err != nil || len(ids) == 0 {
-		return nil, err
+		return false, nil, err
 	}
-	if rows, err = conn.Query(ctx, sessionsSQL, ids); err != nil {
-		return nil, err
+	// Looked at again, now that they are locked: another worker may have answered them.
+	if rows, err = tx.Query(ctx, sessionsSQL, ids); err != nil {
+		return true, nil, err
 	}
-	list, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (*session, error) {
+	sessions, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (*session, error) {
 		s := &session{}
 		return s, row.Scan(&s.id, &s.deviceID, &s.user, &s.device, &s.groups, &s.attributes, &s.token, &s.incarnation, &s.n, &s.nonce, &s.set,
 			&s.cursorFrom, &s.schema, &s.contentType, &s.encoding)
 	})
-	if len(list) == 0 {
-		unlock(conn)
-	}
-	return list, err
+	return true, sessions, err
 }
 
 // unlock gives the sessions free. If that fails the connection is closed, which does the same.

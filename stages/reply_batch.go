@@ -127,7 +127,7 @@ func (b *replyBatch) admit(s *session) {
 
 // compose reads one snapshot. All pages but each session's last are stored on the way.
 func (b *replyBatch) compose() (err error) {
-	b.tx, err = b.conn.BeginTx(b.ctx, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly})
+	b.tx, err = b.conn.BeginTx(b.ctx, byIndex("ISOLATION LEVEL REPEATABLE READ READ ONLY"))
 	if err != nil {
 		return fmt.Errorf("begin a snapshot: %w", err)
 	}
@@ -238,7 +238,10 @@ var readerSettings = []string{
 	"SAVEPOINT ws_reader",
 	"SET LOCAL ROLE " + schema.Quote(schema.ReaderRole),
 	"SET LOCAL transaction_read_only = on",
+	"SET LOCAL enable_seqscan = on",
 	"SET LOCAL enable_hashjoin = on",
+	"SET LOCAL enable_mergejoin = on",
+	"SET LOCAL plan_cache_mode = auto",
 	"SET LOCAL statement_timeout = '30s'",
 }
 
@@ -411,7 +414,7 @@ func (b *replyBatch) keepCursors() error {
 		}
 	}
 	slices.SortFunc(missing, func(a, b *subset) int { return bytes.Compare(a.hash, b.hash) })
-	tx, err := b.conn.Begin(b.ctx)
+	tx, err := b.conn.BeginTx(b.ctx, byIndex(""))
 	if err != nil {
 		return err
 	}

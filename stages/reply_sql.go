@@ -37,7 +37,7 @@ func newReplySQL(s *subscription) *replySQL {
 		q.changed = "SELECT " + list + from + " WHERE m._ws_version >= $1::bigint"
 		q.whole = "SELECT " + list + from
 		q.count = "SELECT greatest(c.reltuples, 0)::bigint FROM pg_class c WHERE c.oid = " + schema.Literal(t.Ident()) + "::regclass"
-		q.deleted = fmt.Sprintf("SELECT DISTINCT %s\nFROM waystage.tombstone t WHERE t.tbl = %d AND t.stamp >= $1::bigint AND NOT EXISTS (SELECT%s WHERE %s)",
+		q.deleted = fmt.Sprintf("SELECT DISTINCT %s\nFROM waystage.tombstone t WHERE t.tbl = %d AND t.stamp >= $1::bigint AND NOT EXISTS (SELECT%s WHERE %s OFFSET 0)",
 			strings.Join(dead, ", "), t.ID, from, strings.Join(alive, " AND "))
 		return q
 	}
@@ -49,8 +49,9 @@ func newReplySQL(s *subscription) *replySQL {
 	q.changed = "SELECT " + list + from + " WHERE " + in("$2") + " AND m._ws_version >= $1::bigint"
 	q.whole = "SELECT " + list + from + " WHERE " + in("$1")
 	q.count = "SELECT count(*)" + from + " WHERE " + in("$1")
-	// A row that moved from one key of the user to another has a tombstone and is alive.
-	q.deleted = fmt.Sprintf("SELECT DISTINCT %s\nFROM waystage.tombstone t WHERE t.tbl = %d AND t.val = ANY ($2::text[]) AND t.stamp >= $1::bigint AND NOT EXISTS (SELECT%s WHERE %s AND %s)",
+	// A row that moved from one key of the user to another has a tombstone and is alive. It is looked up by its primary
+	// key (OFFSET 0), not by the user's keys, of which there may be many.
+	q.deleted = fmt.Sprintf("SELECT DISTINCT %s\nFROM waystage.tombstone t WHERE t.tbl = %d AND t.val = ANY ($2::text[]) AND t.stamp >= $1::bigint AND NOT EXISTS (SELECT FROM (SELECT m.*%s WHERE %s OFFSET 0) m WHERE %s)",
 		strings.Join(dead, ", "), t.ID, from, strings.Join(alive, " AND "), in("$3"))
 	return q
 }
@@ -84,8 +85,10 @@ FROM waystage.cursor c WHERE c.token = ANY ($1)`
 
 // verdictsSQL reads the verdicts that a reply tells (rule D5): $1 incarnation, $2 xmin of the cursor, $3 session.
 const verdictsSQL = `
-SELECT c.incarnation, c.n, c.idx, c.tname, c.key, c.state, c.version, coalesce(c.code, ''), coalesce(c.detail, ''),
-	coalesce(c.constraint_name, ''), c.id, c.session_id = $3
-FROM waystage.change c
-WHERE c.incarnation = $1 AND (c.stamp >= $2 OR c.session_id = $3)
-ORDER BY c.n, c.idx`
+SELECT v.incarnation, v.n, v.idx, v.tname, v.key, v.state, v.version, coalesce(v.code, ''), coalesce(v.detail, ''),
+	coalesce(v.constraint_name, ''), v.id, v.session_id = $3
+FROM (
+	SELECT * FROM waystage.change WHERE incarnation = $1 AND stamp >= $2
+	UNION ALL
+	SELECT * FROM waystage.change WHERE session_id = $3 AND stamp < $2) v
+ORDER BY v.n, v.idx`
