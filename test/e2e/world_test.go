@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -119,22 +120,8 @@ func (w *world) serve(t *testing.T) (info cmd.Info, stop func()) {
 	ready, done := make(chan cmd.Info, 1), make(chan error, 1)
 	log := zaptest.NewLogger(t, zaptest.Level(zap.WarnLevel))
 	go func() { done <- cmd.Serve(ctx, w.config, log, func(i cmd.Info) { ready <- i }) }()
-	stopped := false
-	stop = func() {
-		if stopped {
-			return
-		}
-		stopped = true
-		cancel()
-		select {
-		case err := <-done:
-			if err != nil {
-				t.Errorf("the server ended with %v", err)
-			}
-		case <-time.After(patience):
-			t.Error("the server does not stop")
-		}
-	}
+	var once sync.Once
+	stop = func() { once.Do(func() { w.stop(t, cancel, done) }) }
 	t.Cleanup(stop)
 	select {
 	case info = <-ready:
@@ -144,6 +131,19 @@ func (w *world) serve(t *testing.T) (info cmd.Info, stop func()) {
 		t.Fatal("the server does not get ready")
 	}
 	return info, stop
+}
+
+// stop ends a server in order.
+func (w *world) stop(t *testing.T, cancel context.CancelFunc, done <-chan error) {
+	cancel()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Errorf("the server ended with %v", err)
+		}
+	case <-time.After(patience):
+		t.Error("the server does not stop")
+	}
 }
 
 // addUsers makes users of the first n nurses.
