@@ -145,6 +145,9 @@ func (b *batch) marker(rel *relation, ev *change.Event, first bool) error {
 	if vals["epoch"] != b.d.epoch {
 		return nil
 	}
+	if _, ok := vals["carries"]; !ok { // it never repeats, so it is always sent
+		return fmt.Errorf("%w: a marker without its changes", change.ErrNotChangeData)
+	}
 	seq, err := strconv.ParseInt(vals["seq"], 10, 64)
 	if err != nil {
 		return fmt.Errorf("%w: marker seq %q", change.ErrNotChangeData, vals["seq"])

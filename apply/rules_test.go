@@ -275,3 +275,47 @@ func TestDependentsFall(t *testing.T) {
 	r.wantVerdict(ids[0], "applied")
 	r.wantVerdict(ids[1], "applied")
 }
+
+// When a set fails, records are tried one by one, in an order in which statements could have been written: the ledger has
+// them table by table, parents' deletes before children's.
+func TestOneByOneKeepsToForeignKeys(t *testing.T) {
+	r := newRig(t, `CREATE TABLE p (id int PRIMARY KEY, v int CHECK (v < 10)); CREATE TABLE c (id int PRIMARY KEY, p int REFERENCES p, v int);
+		INSERT INTO p SELECT i, i FROM generate_series(1, 5) i; INSERT INTO c SELECT i, i, i FROM generate_series(1, 5) i`, "public.p", "public.c")
+	bad := r.merge(upd("public.p", "5", map[string]any{"v": "99"}))
+	ids := r.merge(
+		del("public.p", "1"), upd("public.p", "2", map[string]any{"v": "99"}), ins("public.p", "6", map[string]any{"v": "6"}),
+		del("public.c", "1"), ins("public.c", "6", map[string]any{"p": "6"}), upd("public.c", "3", map[string]any{"p": "6"}),
+	)
+	// The other way round: children before their parents in the ledger.
+	ids = append(ids, r.merge(ins("public.c", "7", map[string]any{"p": "7"}), del("public.c", "4"), ins("public.p", "7", map[string]any{"v": "7"}), del("public.p", "4"))...)
+	r.start(allWorkers...)
+	r.settled()
+	r.wantVerdict(bad[0], "refused source_constraint")
+	for i, id := range ids {
+		if i == 1 {
+			r.wantVerdict(id, "refused source_constraint")
+			continue
+		}
+		r.wantVerdict(id, "applied")
+	}
+}
+
+// Only a transaction that begins with the move of our own progress row is ours.
+func TestForeignWritesToProgressAreForeign(t *testing.T) {
+	r := newRig(t, notes, "public.note")
+	id := r.merge(upd("public.note", "1", map[string]any{"body": "mine"}))[0]
+	r.exec(r.source, "INSERT INTO waystage.progress (epoch, seq, position) VALUES ('another', 0, '0/0')")
+	r.start("capture down", "down")
+	carries := fmt.Sprintf("'%d'", id)
+	r.foreign("UPDATE note SET body = 'theirs' WHERE id = 1", "UPDATE waystage.progress SET carries = "+carries)
+	r.foreign("UPDATE waystage.progress SET seq = seq + 1, carries = "+carries+" WHERE epoch = 'another'", "UPDATE note SET n = 7 WHERE id = 1")
+	r.foreign("UPDATE note SET n = 8 WHERE id = 2")
+	r.eventually("down has it", func() bool { return r.text(r.mirror, "SELECT n::text FROM note WHERE id = 2") == "8" })
+	r.wantVerdict(id, "merged")
+	if got := r.text(r.mirror, "SELECT writer || (img->>'n') FROM waystage.base"); got != "foreign7" {
+		t.Errorf("base: %s", got)
+	}
+	r.start("capture up", "up")
+	r.settled()
+	r.wantVerdict(id, "refused source_conflict")
+}

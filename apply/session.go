@@ -20,8 +20,12 @@ const (
 	backoffMost  = 30 * time.Second
 	readAhead    = 32 // messages fetched before they are needed
 	purgeEvery   = 500 * time.Millisecond
+	worked       = 5 * time.Second       // a session that lasted this long begins the back-off anew
 	flowing      = 20 * time.Millisecond // a batch that follows its predecessor so soon waits for company
 )
+
+// errRead means that the reader of change data failed: the broker was away, or capture has emptied the stream.
+var errRead = errors.New("read change data")
 
 // errFenced means that another worker has moved the chain: this one's view is out of date.
 var errFenced = errors.New("another worker has moved the chain")
@@ -44,7 +48,7 @@ func lead(ctx context.Context, mirror string, seat leader.Seat, log *zap.Logger,
 				st.set("failed", err)
 				return err
 			}
-			if time.Since(began) > time.Minute {
+			if time.Since(began) > worked {
 				wait = backoffFirst
 			}
 			st.set("waiting", err)
@@ -52,6 +56,8 @@ func lead(ctx context.Context, mirror string, seat leader.Seat, log *zap.Logger,
 			case errors.Is(err, errCut):
 				log.Info("capture began a new run; reading on from its beginning")
 				wait = backoffFirst
+			case errors.Is(err, errRead):
+				log.Info("reading change data anew", zap.Error(err), zap.Duration("in", wait))
 			case pgerr.Class(err) == pgerr.Retryable:
 				log.Warn("apply interrupted; trying again", zap.Error(err), zap.Duration("in", wait))
 			default:
@@ -121,7 +127,7 @@ func openInbox(ctx context.Context, q Changes) (*inbox, error) {
 	r, err := q.Read(ctx)
 	if err != nil {
 		stop()
-		return nil, fmt.Errorf("read change data: %w", err)
+		return nil, fmt.Errorf("%w: %w", errRead, err)
 	}
 	in := &inbox{ch: make(chan arrival, readAhead), stop: stop, done: make(chan struct{})}
 	go func() {
@@ -131,7 +137,7 @@ func openInbox(ctx context.Context, q Changes) (*inbox, error) {
 		for {
 			m, place, err := r.Next(ctx)
 			if err != nil {
-				in.err = fmt.Errorf("read change data: %w", err)
+				in.err = fmt.Errorf("%w: %w", errRead, err)
 				return
 			}
 			select {
