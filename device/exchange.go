@@ -169,6 +169,12 @@ func pause(ctx context.Context, d time.Duration) error {
 // fetch brings the pages into the inbox, each durable before the next is asked for.
 func (x *exchange) fetch(ctx context.Context, have inbox) (*protocol.Error, error) {
 	var since, asked time.Time // since when nothing new has come, and when the server was last asked about it
+	again := func() (*protocol.Error, error) { // the server makes the reply again, or refuses: that comes as page 1
+		if err := x.clear(ctx, &have); err != nil {
+			return nil, err
+		}
+		return x.put(ctx)
+	}
 	wait := func() (*protocol.Error, error) {
 		now := time.Now()
 		if since.IsZero() {
@@ -184,7 +190,7 @@ func (x *exchange) fetch(ctx context.Context, have inbox) (*protocol.Error, erro
 		if st, err := x.tr.Status(ctx, x.sess.token()); err == nil && x.arrived(st) && st.State != "replied" {
 			return nil, nil // it is being worked on
 		}
-		return x.put(ctx) // not there, or its pages have expired: the server makes them again
+		return again() // not there, or its pages have expired
 	}
 	tries, others := 0, 0
 	for {
@@ -205,10 +211,7 @@ func (x *exchange) fetch(ctx context.Context, have inbox) (*protocol.Error, erro
 			if tries++; tries >= transient {
 				return nil, explain("session "+x.sess.token(), e)
 			}
-			if err := x.clear(ctx, &have); err != nil {
-				return nil, err
-			}
-			if refusal, err := x.put(ctx); refusal != nil || err != nil {
+			if refusal, err := again(); refusal != nil || err != nil {
 				return refusal, err
 			}
 			continue
@@ -227,7 +230,7 @@ func (x *exchange) fetch(ctx context.Context, have inbox) (*protocol.Error, erro
 			// An older reply under the same name, or one to a copy of this file (rule D7). Ours will take its place; if the
 			// copy's has taken ours, the server makes it again when it sees the request again.
 			if others++; others%4 == 2 {
-				if refusal, err := x.put(ctx); refusal != nil || err != nil {
+				if refusal, err := again(); refusal != nil || err != nil {
 					return refusal, err
 				}
 			}
@@ -245,7 +248,7 @@ func (x *exchange) fetch(ctx context.Context, have inbox) (*protocol.Error, erro
 			}
 			// The parts did not come together: the whole request goes again, in the place of the refusal.
 			x.d.ack(ctx, x.tr, x.sess)
-			if refusal, err := x.put(ctx); refusal != nil || err != nil {
+			if refusal, err := again(); refusal != nil || err != nil {
 				return refusal, err
 			}
 			continue

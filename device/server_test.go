@@ -688,6 +688,7 @@ func (w *wire) Put(_ context.Context, session, part string, p Payload) (r protoc
 			whole.Data = append(whole.Data, x.Data...)
 		}
 		if i == k || !r.Duplicate {
+			delete(w.s.parts, session) // taken from the queue
 			w.s.take(w.device, whole)
 		}
 		return nil
