@@ -29,6 +29,7 @@ func newTableSQL(t *schema.Table, key string) *tableSQL {
 	var (
 		join   []string // m's key = s's key
 		canon  []string // the key's text as the server writes it
+		real   []string // the same, but as the row has it if there is one: 1.0 and 1.00 are one key
 		object []string // the key as arguments of jsonb_build_object
 		names  []string // column names as literals
 		texts  []string // m's values as text
@@ -44,6 +45,7 @@ func newTableSQL(t *schema.Table, key string) *tableSQL {
 		ref := fmt.Sprintf("s.key[%d]", i+1)
 		join = append(join, fmt.Sprintf("m.%s = (%s)::%s", schema.Quote(k), ref, castType(c.MirrorType)))
 		canon = append(canon, c.Text(fmt.Sprintf("(%s)::%s", ref, textType(c.MirrorType))))
+		real = append(real, "coalesce("+c.Text("m."+schema.Quote(k))+", "+canon[i]+")")
 		object = append(object, schema.Literal(k), ref)
 		cols, vals = append(cols, schema.Quote(k)), append(vals, fmt.Sprintf("(%s)::%s", ref, castType(c.MirrorType)))
 	}
@@ -86,7 +88,7 @@ func newTableSQL(t *schema.Table, key string) *tableSQL {
 	CASE WHEN m._ws_version IS NULL OR s.op = 'D' THEN false ELSE %s END,
 	CASE WHEN e.epoch <> '' OR s.bver = 0 THEN false WHEN m._ws_version IS NULL OR s.base IS NULL THEN m._ws_version IS NULL AND s.base IS NULL ELSE %s END,
 	%s, CASE WHEN s.op <> 'D' THEN %s END`,
-		strings.Join(canon, ", "), sameImage, baseImage, oldValue, newValue)
+		strings.Join(real, ", "), sameImage, baseImage, oldValue, newValue)
 	rest := fmt.Sprintf(`
 JOIN waystage.session e ON e.id = s.session_id
 LEFT JOIN %s m ON %s`, t.Ident(), on)
@@ -110,7 +112,7 @@ SELECT s.session_id, s.idx, e.device_id, e.incarnation, e.n, s.tbl, s.tname, s.o
 FROM (SELECT d.state, d.version, d.code, d.detail, d.ord, s.* FROM unnest($1::bigint[], $2::int[], $3::text[], $4::bigint[], $5::text[], $6::text[])
 		WITH ORDINALITY AS d(sid, idx, state, version, code, detail, ord)
 	JOIN waystage.staging s ON s.tbl = %d AND s.session_id = d.sid AND s.idx = d.idx OFFSET 0) s%s
-ORDER BY s.ord`, strings.Join(canon, ", "), strings.Join(names, ", "), strings.Join(texts, ", "), strings.Join(canon, ", "), t.ID, rest)
+ORDER BY s.ord`, strings.Join(real, ", "), strings.Join(names, ", "), strings.Join(texts, ", "), strings.Join(canon, ", "), t.ID, rest)
 
 	q.insert = fmt.Sprintf(`INSERT INTO %s (%s, _ws_version, _ws_lw, _ws_mver)
 SELECT %s, $3::bigint, e.incarnation, $3::bigint

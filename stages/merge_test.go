@@ -303,8 +303,18 @@ func testEqualKeysOfAnotherForm(t *testing.T, r *rig) {
 	r.want("3", `SELECT count(*) FROM public.measure`)
 	r.want("1.0 true", `SELECT concat_ws(' ', id, flag::text) FROM public.measure WHERE id = 1`)
 	// Within one session the second one meets the first.
-	amy.verdict(amy.sync("base", m("5", "t"), m("5.0", "t")), "merged", "merged")
+	amy.verdict(amy.sync("base", m("5", "t"), m("5.0", "t")), "merged", "rejected duplicate_row")
 	r.want("4", `SELECT count(*) FROM public.measure`)
+	// Updates of an existing row: its own key counts.
+	tab.sync("base")
+	a, b := amy.edit("base", "public.measure", "1.0", "flag", "f"), tab.edit("base", "public.measure", "1.0", "flag", nil)
+	b.Key, b.Base, b.New = vals("1.000"), vals("1.000", "t"), vals("1.000", nil)
+	amy.send(amy.request("base", a))
+	tab.send(tab.request("base", b))
+	r.pump()
+	amy.verdict(amy.receive(), "merged")
+	tab.verdict(tab.receive(), "rejected stale_version")
+	r.want("{1.0}", `SELECT DISTINCT key::text FROM waystage.change WHERE op = 'U'`)
 }
 
 // testRounds: several sessions change one row in one batch.
