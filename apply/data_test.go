@@ -165,8 +165,8 @@ func TestBigTransactionInParts(t *testing.T) {
 // The queue may lose, double, cut and reorder: capture makes it again, apply takes every transaction once.
 func TestQueueLosesAndDoubles(t *testing.T) {
 	r := newRig(t, notes, "public.note")
-	var n int
-	fault := func(q *memQueue) func(*change.Message) int {
+	fault := func() func(*change.Message) int {
+		n := 0 // a queue calls it under its lock
 		return func(*change.Message) int {
 			n++
 			switch {
@@ -178,7 +178,7 @@ func TestQueueLosesAndDoubles(t *testing.T) {
 			return 1
 		}
 	}
-	r.downQ.onPut, r.upQ.onPut = fault(r.downQ), fault(r.upQ)
+	r.downQ.onPut, r.upQ.onPut = fault(), fault()
 	r.start(allWorkers...)
 	var ids []int64
 	for i := range 12 {
