@@ -23,27 +23,6 @@ type Worker interface {
 	Batch(take, work context.Context, doing func(string)) (items int, err error)
 }
 
-// Loop makes a worker of a long-runner, such as a capture or an applier, that works until its context ends. ready is
-// what doing shows meanwhile.
-func Loop(ready string, run func(context.Context) error) Worker { return loop{ready, run} }
-
-type loop struct {
-	ready string
-	run   func(context.Context) error
-}
-
-func (l loop) Batch(take, _ context.Context, doing func(string)) (int, error) {
-	doing(l.ready)
-	err := l.run(take)
-	if take.Err() != nil {
-		return 0, nil
-	}
-	if err == nil {
-		err = errors.New("ended by itself")
-	}
-	return 0, err
-}
-
 // Mode is what an operator wants of a pool.
 type Mode string
 

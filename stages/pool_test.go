@@ -9,6 +9,17 @@ import (
 	"time"
 )
 
+// loop is a worker that works until it is told to stop, as a capture does.
+type loop func(context.Context) error
+
+func (l loop) Batch(take, _ context.Context, doing func(string)) (int, error) {
+	doing("leading")
+	if err := l(take); take.Err() == nil {
+		return 0, err
+	}
+	return 0, nil
+}
+
 // jobs is a queue of numbers for a pool.
 type jobs struct {
 	mu      sync.Mutex
@@ -229,7 +240,7 @@ func testPoolShutdown(t *testing.T, r *rig) {
 	// A long-runner ends with the pool and is started again when it fails.
 	var runs atomic.Int64
 	p, stop = startPool(t, r, PoolConfig{Stage: "loop"}, func() Worker {
-		return Loop("leading", func(ctx context.Context) error {
+		return loop(func(ctx context.Context) error {
 			if runs.Add(1) < 3 {
 				return errors.New("lost the lead")
 			}
