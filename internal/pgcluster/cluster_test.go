@@ -14,12 +14,17 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/waystage/waystage/internal/pgcluster"
+	"github.com/waystage/waystage/internal/pgtest"
 )
 
 func start(t *testing.T, o pgcluster.Options) *pgcluster.Cluster {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
+	var err error
+	if o.Major, err = pgtest.Major(); err != nil {
+		t.Fatal(err)
+	}
 	c, err := pgcluster.Start(ctx, o)
 	if err != nil {
 		t.Fatal(err)
@@ -89,11 +94,14 @@ func TestClusterLife(t *testing.T) {
 	c := start(t, pgcluster.Options{Params: map[string]string{"work_mem": "5MB"}})
 	for setting, want := range map[string]string{
 		"wal_level": "logical", "max_replication_slots": "100", "max_wal_senders": "100", "fsync": "on",
-		"server_encoding": "UTF8", "lc_ctype": "C", "work_mem": "5MB", "listen_addresses": "127.0.0.1", "unix_socket_directories": "",
+		"server_encoding": "UTF8", "work_mem": "5MB", "listen_addresses": "127.0.0.1", "unix_socket_directories": "",
 	} {
 		if got := query(t, c, "select current_setting('"+setting+"')"); got != want {
 			t.Errorf("%s = %q, want %q", setting, got, want)
 		}
+	}
+	if got := query(t, c, "select datctype || ' ' || datcollate from pg_database where datname = current_database()"); got != "C C" {
+		t.Errorf("locale %s", got)
 	}
 	if got := query(t, c, "select current_user || ' ' || usesuper from pg_user where usename = current_user"); got != "waystage true" {
 		t.Errorf("connected as %s", got)
