@@ -205,7 +205,7 @@ func (b *broker) queues(ctx context.Context) ([]health.Queue, error) {
 			return out, fmt.Errorf("stream %s: %w", name, err)
 		}
 		info := s.CachedInfo()
-		q := health.Queue{Name: name, Messages: info.State.Msgs, Bytes: info.State.Bytes, MaxBytes: info.Config.MaxBytes}
+		q := health.Queue{Name: name, Direction: directionOf(name), Messages: info.State.Msgs, Bytes: info.State.Bytes, MaxBytes: info.Config.MaxBytes}
 		if info.State.Msgs > 0 {
 			q.OldestSeconds = max(time.Since(info.State.FirstTime).Seconds(), 0)
 		}

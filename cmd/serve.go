@@ -365,13 +365,18 @@ func depths(ctx context.Context, q *queue.Queue) ([]health.Queue, error) {
 		name string
 		d    queue.StreamDepth
 	}{{queue.StreamIn, d.Input}, {queue.StreamOut, d.Output}, {queue.StreamDead, d.Dead}, {queue.StreamDown, d.Down}, {queue.StreamUp, d.Up}} {
-		h := health.Queue{Name: s.name, Messages: s.d.Messages, Bytes: s.d.Bytes}
+		h := health.Queue{Name: s.name, Direction: directionOf(s.name), Messages: s.d.Messages, Bytes: s.d.Bytes}
 		if !s.d.Oldest.IsZero() && s.d.Messages > 0 {
 			h.OldestSeconds = max(time.Since(s.d.Oldest).Seconds(), 0)
 		}
 		out = append(out, h)
 	}
 	return out, nil
+}
+
+// directionOf tells which way a stream of change data flows; empty for the others.
+func directionOf(stream string) string {
+	return map[string]string{queue.StreamDown: queue.Down, queue.StreamUp: queue.Up}[stream]
 }
 
 // enroller lets the gateway give a device its key, and tells it its sets.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -79,6 +80,7 @@ type Queue struct {
 	Bytes         uint64  `json:"bytes"`
 	MaxBytes      int64   `json:"max_bytes"` // -1: unbounded
 	OldestSeconds float64 `json:"oldest_seconds"`
+	Direction     string  `json:"direction,omitempty"` // of change data: down or up
 }
 
 // Pool is what the operator asked of one stage.
@@ -168,10 +170,6 @@ func (r *Reader) Read(ctx context.Context) (Snapshot, error) {
 		}
 	}
 	note("mirror", r.readMirror(ctx, &s))
-	note("source", r.direction(ctx, r.source, "down", "waystage_down_", &s.Down, &r.down, s.Epoch))
-	note("mirror", r.direction(ctx, r.mirror, "up", "waystage_up_", &s.Up, &r.up, s.Epoch))
-	note("source", readServer(ctx, r.source, &s.Source))
-	note("mirror", readServer(ctx, r.mirror, &s.Mirror))
 	if r.queues != nil {
 		q, err := r.queues(ctx)
 		note("broker", err)
@@ -179,6 +177,13 @@ func (r *Reader) Read(ctx context.Context) (Snapshot, error) {
 			s.Queues = q
 		}
 	}
+	empty := func(direction string) bool {
+		return slices.ContainsFunc(s.Queues, func(q Queue) bool { return q.Direction == direction && q.Messages == 0 })
+	}
+	note("source", r.direction(ctx, r.source, "down", "waystage_down_", &s.Down, &r.down, s.Epoch, empty("down")))
+	note("mirror", r.direction(ctx, r.mirror, "up", "waystage_up_", &s.Up, &r.up, s.Epoch, empty("up")))
+	note("source", readServer(ctx, r.source, &s.Source))
+	note("mirror", readServer(ctx, r.mirror, &s.Mirror))
 	return s, errors.Join(errs...)
 }
 
@@ -225,8 +230,9 @@ func (r *Reader) readMirror(ctx context.Context, s *Snapshot) error {
 }
 
 // direction reads the slot at the captured server and the progress at the mirror. What the slot's reader has confirmed
-// is applied, and so is what progress says: the greater counts.
-func (r *Reader) direction(ctx context.Context, captured Database, name, prefix string, d *Direction, k *track, epoch string) error {
+// is applied, and so is what progress says; and when no change data waits in the queue, so is what the server has sent,
+// for the rest of the log concerns nobody here. The greatest counts.
+func (r *Reader) direction(ctx context.Context, captured Database, name, prefix string, d *Direction, k *track, epoch string, empty bool) error {
 	var position int64
 	err := r.mirror.QueryRow(ctx, `SELECT position::text, (position - '0/0')::int8, committed_at, rewind FROM waystage.progress WHERE direction = $1`, name).
 		Scan(&d.Position, &position, &d.AppliedAt, &d.Rewind)
@@ -237,14 +243,15 @@ func (r *Reader) direction(ctx context.Context, captured Database, name, prefix 
 		return err
 	}
 	slot := prefix + epoch[:min(8, len(epoch))]
-	var written, confirmed int64
+	var written, confirmed, sent int64
 	err = captured.QueryRow(ctx, `
 		SELECT slot_name, active, coalesce(wal_status, ''), safe_wal_size,
-		       (w.lsn - coalesce(restart_lsn, w.lsn))::int8, (coalesce(confirmed_flush_lsn, '0/0') - '0/0')::int8, (w.lsn - '0/0')::int8
+		       (w.lsn - coalesce(restart_lsn, w.lsn))::int8, (coalesce(confirmed_flush_lsn, '0/0') - '0/0')::int8, (w.lsn - '0/0')::int8,
+		       coalesce((SELECT r.sent_lsn - '0/0' FROM pg_stat_replication r WHERE r.pid = active_pid), 0)::int8
 		  FROM pg_replication_slots,
 		       (SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END AS lsn) w
 		 WHERE slot_name = $1`, slot).
-		Scan(&d.Slot, &d.SlotActive, &d.SlotStatus, &d.SafeBytes, &d.RetainedBytes, &confirmed, &written)
+		Scan(&d.Slot, &d.SlotActive, &d.SlotStatus, &d.SafeBytes, &d.RetainedBytes, &confirmed, &written, &sent)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil // the slots check names it
 	}
@@ -252,6 +259,9 @@ func (r *Reader) direction(ctx context.Context, captured Database, name, prefix 
 		return err
 	}
 	applied := max(position, confirmed)
+	if empty {
+		applied = max(applied, sent)
+	}
 	d.LagBytes = max(written-applied, 0)
 	r.mu.Lock()
 	defer r.mu.Unlock()

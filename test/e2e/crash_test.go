@@ -136,19 +136,12 @@ type binary struct {
 }
 
 func newBinary(w *world) *binary {
-	s := &binary{w: w, path: filepath.Join(w.dir, "waystage"), config: filepath.Join(w.dir, "waystage.yaml"), logPath: filepath.Join(w.dir, "server.log")}
+	s := &binary{w: w, path: filepath.Join(w.dir, "waystage"), logPath: filepath.Join(w.dir, "server.log")}
 	build := exec.Command("go", "build", "-o", s.path, "github.com/waystage/waystage/cmd/waystage")
 	if out, err := build.CombinedOutput(); err != nil {
 		w.t.Fatalf("build: %v\n%s", err, out)
 	}
-	c := w.config
-	w.must(os.WriteFile(s.config, fmt.Appendf(nil, `source: {dsn: %q}
-mirror: {dsn: %q}
-definitions: %q
-nats: {embedded: {store: %q, listen: %q}}
-health: {listen: %q}
-log: {level: warn, format: json}
-`, c.Source.DSN, c.Mirror.DSN, c.Definitions, c.NATS.Embedded.Store, c.NATS.Embedded.Listen, c.Health.Listen), 0o600))
+	s.config = w.configFile()
 	w.t.Cleanup(s.kill)
 	return s
 }

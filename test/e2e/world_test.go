@@ -126,6 +126,7 @@ func (w *world) serve(t *testing.T) (info cmd.Info, stop func()) {
 	select {
 	case info = <-ready:
 	case err := <-done:
+		once.Do(func() {}) // it has ended
 		t.Fatalf("the server does not start: %v", err)
 	case <-time.After(patience):
 		t.Fatal("the server does not get ready")

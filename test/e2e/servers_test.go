@@ -1,0 +1,152 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+
+	"github.com/waystage/waystage/cmd"
+	"github.com/waystage/waystage/device"
+	"github.com/waystage/waystage/internal/nurse"
+	"github.com/waystage/waystage/protocol"
+)
+
+// externalBroker starts a stock NATS server with the configuration that `waystage init --nats` writes.
+func externalBroker(w *world) {
+	w.t.Helper()
+	dir := filepath.Join(w.dir, "broker")
+	if code := cmd.Main([]string{"init", "--nats", dir}, cmd.System()); code != 0 {
+		w.t.Fatalf("init --nats: exit code %d", code)
+	}
+	path := filepath.Join(dir, "nats-server.conf")
+	conf, err := os.ReadFile(path)
+	w.must(err)
+	conf = regexp.MustCompile(`(?m)^listen: .*$`).ReplaceAll(conf, fmt.Appendf(nil, "listen: %q", w.nats))
+	conf = regexp.MustCompile(`(?m)^(\s*)store_dir: .*$`).ReplaceAll(conf, fmt.Appendf(nil, "${1}store_dir: %q", filepath.Join(dir, "store")))
+	w.must(os.WriteFile(path, conf, 0o600))
+	o, err := server.ProcessConfigFile(path)
+	w.must(err)
+	o.NoLog, o.NoSigs = true, true
+	s, err := server.NewServer(o)
+	w.must(err)
+	s.Start()
+	w.t.Cleanup(func() {
+		s.Shutdown()
+		s.WaitForShutdown()
+	})
+	if !s.ReadyForConnections(patience) {
+		w.t.Fatal("the broker does not get ready")
+	}
+	w.config.NATS.External.URLs = []string{"nats://" + w.nats}
+	w.config.NATS.External.Credentials = filepath.Join(dir, "keys.json")
+}
+
+// TestTwoServersOnOneBroker runs two servers on a stock NATS server: devices are served by both, capture and apply are
+// active in one, and when that one ends the other takes over.
+func TestTwoServersOnOneBroker(t *testing.T) {
+	w := newWorld(t, nurse.Size{Nurses: 3, Patients: 12, Records: 60})
+	externalBroker(w)
+	_, stopFirst := w.serve(t)
+	w.config.Health.Listen = freeAddress(t)
+	_, stopSecond := w.serve(t)
+	w.addUsers(2)
+	devices := map[*device.Device]nurse.Person{}
+	var all []*device.Device
+	for i, p := range w.nurses[:2] {
+		d := w.enrol(p, fmt.Sprint("device-", i))
+		devices[d] = p
+		all = append(all, d)
+	}
+	round := func(name string) {
+		t.Helper()
+		for _, d := range all {
+			w.exec(d, "UPDATE patient SET remarks = ? WHERE id = (SELECT max(id) FROM patient)", name+" "+devices[d].Login)
+		}
+		_, err := w.source.Exec(w.ctx, "UPDATE vn.medical_record SET note = $1", name)
+		w.must(err)
+		w.settle(all...)
+		w.must(w.compare(devices))
+		for _, d := range all {
+			if got := w.text(d, "SELECT count(*) FROM medical_record WHERE note <> ?", name); got != "0" {
+				t.Errorf("%s: %s records did not follow the source", name, got)
+			}
+		}
+	}
+	w.settle(all...)
+	round("two servers")
+	stopFirst()
+	round("the second alone")
+	w.config.Health.Listen = freeAddress(t)
+	_, stopThird := w.serve(t)
+	stopSecond()
+	round("a third took over")
+	stopThird()
+}
+
+// TestBlockingCutsTheConnection blocks a device that is connected and waits for a reply.
+func TestBlockingCutsTheConnection(t *testing.T) {
+	w := newWorld(t, nurse.Size{Nurses: 2, Patients: 8, Records: 20})
+	externalBroker(w)
+	w.serve(t)
+	w.addUsers(1)
+	d := w.enrol(w.nurses[0], "phone")
+	w.sync(d, protocol.WaitMerge)
+	waystage := func(args ...string) {
+		t.Helper()
+		if code := cmd.Main(append(args, "-c", w.configFile()), cmd.System()); code != 0 {
+			t.Fatalf("waystage %v: exit code %d", args, code)
+		}
+	}
+	waystage("pools", "scale", "merge", "0") // no reply, so that the sync waits
+	w.exec(d, "UPDATE patient SET remarks = 'kept' WHERE id = (SELECT min(id) FROM patient)")
+	waiting, ended := make(chan struct{}, 1), make(chan error, 1)
+	go func() {
+		_, err := d.Sync(w.ctx, device.SyncOptions{Progress: func(p device.Progress) {
+			if p.Stage == device.StageWait {
+				select {
+				case waiting <- struct{}{}:
+				default:
+				}
+			}
+		}})
+		ended <- err
+	}()
+	<-waiting
+	began := time.Now()
+	waystage("devices", "block", w.nurses[0].Login+"/phone")
+	select {
+	case err := <-ended:
+		if err == nil {
+			t.Error("the sync of a blocked device went through")
+		}
+		t.Logf("out after %s: %v", time.Since(began).Round(time.Millisecond), err)
+	case <-time.After(patience):
+		t.Fatal("the blocked device is still connected")
+	}
+	waystage("devices", "unblock", w.nurses[0].Login+"/phone")
+	waystage("pools", "scale", "merge", "1")
+	w.settle(d)
+	w.must(w.compare(map[*device.Device]nurse.Person{d: w.nurses[0]}))
+	if got := w.text(d, "SELECT remarks FROM patient ORDER BY id LIMIT 1"); got != "kept" {
+		t.Errorf("the edit of the blocked time is %q", got)
+	}
+}
+
+// configFile writes the configuration for commands.
+func (w *world) configFile() string {
+	w.t.Helper()
+	c := w.config
+	path := filepath.Join(w.dir, "waystage.yaml")
+	nats := fmt.Sprintf("{embedded: {store: %q, listen: %q}}", c.NATS.Embedded.Store, c.NATS.Embedded.Listen)
+	if len(c.NATS.External.URLs) > 0 {
+		nats = fmt.Sprintf("{external: {urls: [%q], credentials_file: %q}}", c.NATS.External.URLs[0], c.NATS.External.Credentials)
+	}
+	w.must(os.WriteFile(path, fmt.Appendf(nil, "source: {dsn: %q}\nmirror: {dsn: %q}\ndefinitions: %q\nnats: %s\nhealth: {listen: %q}\nlog: {level: warn, format: json}\n",
+		c.Source.DSN, c.Mirror.DSN, c.Definitions, nats, c.Health.Listen), 0o600))
+	return path
+}
