@@ -370,6 +370,20 @@ func TestOperate(t *testing.T) {
 	if got := o.run(exitOK, "", "pools ls"); !strings.Contains(got.err, "broker") {
 		t.Errorf("pools ls without a server: %s", got.err)
 	}
+
+	// Nothing of ours is left at the source.
+	o.run(exitUsage, "", "teardown")
+	o.run(exitOK, "", "teardown --everything --yes")
+	conn, err := schema.Connect(t.Context(), o.source, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close(context.Background()) }()
+	var left int
+	if err := conn.QueryRow(t.Context(), `SELECT (SELECT count(*) FROM pg_replication_slots WHERE database = current_database()) +
+		(SELECT count(*) FROM pg_publication) + (SELECT count(*) FROM pg_namespace WHERE nspname LIKE 'waystage%')`).Scan(&left); err != nil || left != 0 {
+		t.Errorf("%d things of ours are left at the source (%v)", left, err)
+	}
 }
 
 func (o *operator) eventually(what string, ok func() bool) {

@@ -92,8 +92,12 @@ func newPools(a *app) *cobra.Command {
 		set("resume STAGE", "Work again", 1, func([]string) (int, stages.Mode, string, error) {
 			return -1, stages.ModeRun, "running", nil
 		}),
-		set("drain STAGE", "Work off what is queued, then pause", 1, func([]string) (int, stages.Mode, string, error) {
-			return -1, stages.ModeDrain, "draining", nil
+		set("drain STAGE", "Work off what is queued, then pause", 1, func(args []string) (int, stages.Mode, string, error) {
+			switch args[0] {
+			case stages.StageIntake, stages.StageMerge, stages.StageReply:
+				return -1, stages.ModeDrain, "draining", nil
+			}
+			return -1, stages.ModePause, "paused (it has no backlog of its own to drain)", nil
 		}))
 	return c
 }
