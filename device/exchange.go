@@ -168,7 +168,7 @@ func pause(ctx context.Context, d time.Duration) error {
 
 // fetch brings the pages into the inbox, each durable before the next is asked for.
 func (x *exchange) fetch(ctx context.Context, have inbox) (*protocol.Error, error) {
-	var since, asked time.Time // since when nothing new has come, and when the server was last asked about it
+	var since, asked time.Time                 // since when nothing new has come, and when the server was last asked about it
 	again := func() (*protocol.Error, error) { // the server makes the reply again, or refuses: that comes as page 1
 		if err := x.clear(ctx, &have); err != nil {
 			return nil, err

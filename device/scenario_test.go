@@ -527,3 +527,94 @@ func TestSharedTable(t *testing.T) {
 	}
 	srv.same(t, d)
 }
+
+// TestNonce: a restored file does not take the reply to its lost life for its own (rule D7).
+func TestNonce(t *testing.T) {
+	ctx := context.Background()
+	srv := newServer(t)
+	srv.foreign(item(1, "1", "old"))
+	deaf := true
+	dial := func(context.Context, Login) (Transport, error) {
+		return &wire{s: srv, device: "a", fail: func(call string, after bool) error {
+			if call == "ack" && deaf {
+				return errCut // the pages stay
+			}
+			return nil
+		}}, nil
+	}
+	d := srv.device(t, "a", Options{Dial: dial})
+	srv.mustSync(t, d)
+	backup := filepath.Join(t.TempDir(), "backup.db")
+	mustExec(t, d, `VACUUM INTO ?`, backup)
+	mustExec(t, d, `UPDATE item SET val = 'lost life'`)
+	srv.mustSync(t, d)
+	r, err := Open(ctx, backup, Options{Dial: dial})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = r.Close() }()
+	r.patience = impatient
+	mustExec(t, r, `UPDATE item SET val = 'second life'`)
+	rep := srv.mustSync(t, r)
+	if !rep.Forked || rep.Rejected != 1 {
+		t.Fatalf("%+v", rep)
+	}
+	if v := one[string](t, r, `SELECT val FROM item`); v != "lost life" {
+		t.Fatal(v)
+	}
+	srv.settleAll()
+	srv.mustSync(t, r)
+	srv.same(t, r)
+	// The first life goes on too: it is the one that has forked now.
+	mustExec(t, d, `UPDATE item SET val = 'third'`)
+	srv.mustSync(t, d)
+	srv.mustSync(t, r)
+	srv.same(t, d)
+	srv.same(t, r)
+}
+
+// TestKeyNotation: the server writes a key in another way than the application did; there is still one row.
+func TestKeyNotation(t *testing.T) {
+	srv := newServer(t)
+	srv.canonical = strings.ToLower
+	d := srv.device(t, "a", Options{})
+	srv.mustSync(t, d)
+	mustExec(t, d, `INSERT INTO note VALUES ('ABC', 1, 1.5, NULL)`)
+	mustExec(t, d, `INSERT INTO note VALUES ('abd', 1, 1.5, NULL)`)
+	if rep := srv.mustSync(t, d); rep.Merged != 2 {
+		t.Fatalf("%+v", rep)
+	}
+	srv.same(t, d)
+	if n := one[int](t, d, `SELECT count(*) FROM note WHERE id IN ('abc', 'ABC')`); n != 1 {
+		t.Fatalf("%d rows", n)
+	}
+	// Edited on while the insert travelled: the edit moves with the row.
+	mustExec(t, d, `INSERT INTO note VALUES ('XYZ', 1, 1.5, NULL)`)
+	_, err := d.Sync(context.Background(), SyncOptions{Progress: func(p Progress) {
+		if p.Stage == StageWait && p.Set == "notes" {
+			mustExec(t, d, `UPDATE note SET weight = 2.5 WHERE id = 'XYZ'`)
+		}
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if w := one[float64](t, d, `SELECT weight FROM note WHERE id = 'xyz'`); w != 2.5 {
+		t.Fatal(w)
+	}
+	if rep := srv.mustSync(t, d); rep.Sent != 1 || rep.Merged != 1 {
+		t.Fatalf("%+v", rep)
+	}
+	srv.settleAll()
+	srv.mustSync(t, d)
+	srv.same(t, d)
+	// A row that is there under the canonical key.
+	mustExec(t, d, `INSERT INTO note VALUES ('XyZ', 0, 0, NULL)`)
+	if rep := srv.mustSync(t, d); rep.Rejected != 1 {
+		t.Fatalf("%+v", rep)
+	}
+	srv.same(t, d)
+	l, err := d.Rejects(context.Background())
+	if err != nil || len(l) != 1 || l[0].Code != protocol.CodeRowExists || *l[0].Right["weight"] != "2.5" || *l[0].Sent["id"] != "XyZ" {
+		t.Fatalf("%v %+v", err, l)
+	}
+}

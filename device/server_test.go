@@ -42,11 +42,12 @@ type memServer struct {
 	reply int
 	seq   int
 
-	subset    map[string]bool // of item.grp; all devices see the same
-	perPage   int             // rows to a page
-	lateMerge bool            // compose replies before the merge
-	waiting   []*request      // merges that are late
-	deaf      map[string]bool // devices that are blocked
+	subset    map[string]bool     // of item.grp; all devices see the same
+	perPage   int                 // rows to a page
+	canonical func(string) string // how the server writes keys; nil: as they came
+	lateMerge bool                // compose replies before the merge
+	waiting   []*request          // merges that are late
+	deaf      map[string]bool     // devices that are blocked
 
 	history  map[string]image // "table key version": every image that was ever sent
 	problems []string         // broken invariants
@@ -297,6 +298,17 @@ func (s *memServer) take(device string, p Payload) {
 	s.compose(q)
 }
 
+func (s *memServer) keyText(key []*string) []*string {
+	if s.canonical == nil {
+		return key
+	}
+	out := make([]*string, len(key))
+	for i, k := range key {
+		out[i] = ptr(s.canonical(*k))
+	}
+	return out
+}
+
 func (s *memServer) late() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -313,7 +325,9 @@ func (s *memServer) merge(q *request) {
 	}
 	tx := s.begin()
 	for i, ch := range q.req.Changes {
-		v := &ledger{device: q.device, stamp: tx, change: ch, Verdict: protocol.Verdict{Incarnation: q.req.Incarnation, N: q.req.N, Index: i, Table: ch.Table, Key: ch.Key}}
+		sent := ch
+		ch.Key = s.keyText(ch.Key)
+		v := &ledger{device: q.device, stamp: tx, change: sent, Verdict: protocol.Verdict{Incarnation: q.req.Incarnation, N: q.req.N, Index: i, Table: ch.Table, Key: ch.Key}}
 		s.led, s.all = append(s.led, v), append(s.all, v)
 		s.seq++
 		v.ID = int64(s.seq)
@@ -325,6 +339,11 @@ func (s *memServer) merge(q *request) {
 		}
 		f := frozen{columns: cols}
 		base, img := f.image(ch.Base), f.image(ch.New)
+		for i, k := range map[string][]string{"public.item": {"id"}, "public.note": {"id"}}[ch.Table] {
+			if img != nil && len(s.defs[q.req.Set].Tables[0].Key) == 1 {
+				img[k] = ch.Key[i]
+			}
+		}
 		r := s.row(ch.Table, keyOf(ch.Key))
 		v.row = r
 		reject := func(code protocol.Code, detail string) {

@@ -4,6 +4,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/waystage/waystage/protocol"
@@ -145,7 +146,7 @@ func (j *judge) verdict(v protocol.Verdict) error {
 	case protocol.Merged:
 		j.rep.Merged++
 		if d != nil {
-			if err := j.merged(&f, d, v.Version); err != nil {
+			if err := j.merged(&f, d, v); err != nil {
 				return err
 			}
 		}
@@ -154,7 +155,7 @@ func (j *judge) verdict(v protocol.Verdict) error {
 		// Merged may have been told in the same breath or never: then this is it.
 		j.rep.Applied++
 		if d != nil {
-			if err := j.merged(&f, d, v.Version); err != nil {
+			if err := j.merged(&f, d, v); err != nil {
 				return err
 			}
 		}
@@ -166,7 +167,7 @@ func (j *judge) verdict(v protocol.Verdict) error {
 			}
 		}
 		if f.tab != nil {
-			if err := j.log(&f, d, v); err != nil {
+			if err := j.log(&f, v); err != nil {
 				return err
 			}
 		}
@@ -251,14 +252,24 @@ func (j *judge) untouched(f *frozen, d *dirty) (bool, error) {
 }
 
 // merged makes the frozen image the base, at the version that the merge gave it.
-func (j *judge) merged(f *frozen, d *dirty, version string) error {
-	t, tab := j.t, f.tab
+func (j *judge) merged(f *frozen, d *dirty, v protocol.Verdict) error {
+	t, tab, version := j.t, f.tab, v.Version
 	if err := t.unmark(tab, d); err != nil {
 		return err
 	}
 	same, err := j.untouched(f, d)
 	if err != nil {
 		return err
+	}
+	sent := f.image(f.New)
+	if f.New != nil && !sameImage(v.Key, f.Key) {
+		// The server writes the key in another way (an uuid in upper case, 1.0 for 1.00): its row will come under that key.
+		if err := j.rename(f, d, v.Key, same); err != nil || same {
+			return err
+		}
+		for i, k := range tab.Key {
+			sent[k] = v.Key[i]
+		}
 	}
 	if f.New == nil {
 		if err := t.dropVersion(tab, d.key); err != nil {
@@ -274,7 +285,6 @@ func (j *judge) merged(f *frozen, d *dirty, version string) error {
 	if own := j.c.set(f.set); own != nil {
 		bit = own.Bit
 	}
-	sent := f.image(f.New)
 	sver, _, err := t.version(tab, d.key)
 	if err != nil {
 		return err
@@ -313,6 +323,43 @@ func (j *judge) merged(f *frozen, d *dirty, version string) error {
 	return err
 }
 
+// rename moves a row to the key that the server gave it; an unedited one just goes, since the server's comes.
+func (j *judge) rename(f *frozen, d *dirty, key []*string, same bool) error {
+	t, tab := j.t, f.tab
+	canonical, err := tab.keyValues(key)
+	if err != nil {
+		return err
+	}
+	live, err := t.live(tab, d.key)
+	if err != nil {
+		return err
+	}
+	if err := t.remove(tab, d.key); err != nil {
+		return err
+	}
+	if same {
+		return t.forget(tab, d)
+	}
+	if live != nil {
+		for i, k := range tab.key {
+			live[k] = canonical[i]
+		}
+		if err := t.put(tab, tab.all(), live); err != nil {
+			return err
+		}
+	}
+	if id, err := t.dirtyID(tab, canonical); err != nil {
+		return err
+	} else if id != 0 {
+		if _, err := t.run(tab.sql.dirtyDrop, id); err != nil {
+			return err
+		}
+	}
+	d.key = canonical
+	_, err = t.run("UPDATE "+quote(tab.shadow())+" SET ("+tab.sql.keys+") = ("+marks(len(canonical))+") WHERE id = ?", append(slices.Clone(canonical), d.id)...)
+	return err
+}
+
 // refuse takes the edit back, unless the user has edited on: that edit stays, with its old base version, and gets its
 // own verdict.
 func (j *judge) refuse(f *frozen, d *dirty) error {
@@ -329,17 +376,16 @@ func (j *judge) refuse(f *frozen, d *dirty) error {
 	return j.t.unmark(f.tab, d)
 }
 
-func (j *judge) log(f *frozen, d *dirty, v protocol.Verdict) error {
+func (j *judge) log(f *frozen, v protocol.Verdict) error {
 	r := &rejection{
 		incarnation: v.Incarnation, n: v.N, idx: int64(v.Index), id: v.ID, set: f.set, tab: f.tab, op: f.Op, key: f.Key,
 		base: f.image(f.Base), sent: f.image(f.New), state: v.State, code: v.Code, detail: v.Detail, constraint: v.Constraint,
 	}
-	key, err := f.tab.keyValues(f.Key)
+	key, err := f.tab.keyValues(v.Key) // as the server writes it: a row that stands in the way has it so
 	if err != nil {
-		return err
-	}
-	if d != nil {
-		key = d.key
+		if key, err = f.tab.keyValues(f.Key); err != nil {
+			return err
+		}
 	}
 	j.refused, j.keys = append(j.refused, r), append(j.keys, key)
 	return j.t.reject(r)
