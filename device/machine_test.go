@@ -337,7 +337,7 @@ func (m *machine) quiesce() {
 		m.commitForeign(tx)
 	}
 	m.open = nil
-	m.srv.lateMerge = false
+	m.srv.lateMerge, m.srv.lag = false, 0
 	for range 5 {
 		m.srv.settleAll()
 		for _, a := range m.actors {
@@ -461,7 +461,12 @@ func (m *machine) step() {
 			m.srv.verdict(r, refuse, normalise)
 		}
 	case 17:
-		switch rapid.IntRange(0, 2).Draw(t, "server") {
+		switch rapid.IntRange(0, 3).Draw(t, "server") {
+		case 3:
+			m.srv.mu.Lock()
+			m.srv.lag = 1 - m.srv.lag
+			m.srv.mu.Unlock()
+			m.say("lag %d", m.srv.lag)
 		case 0:
 			m.srv.mu.Lock()
 			m.srv.subset["2"] = !m.srv.subset["2"]

@@ -555,7 +555,9 @@ func TestNonce(t *testing.T) {
 	defer func() { _ = r.Close() }()
 	r.patience = impatient
 	mustExec(t, r, `UPDATE item SET val = 'second life'`)
+	srv.lag = 1 // the old page is read before the new request is taken
 	rep := srv.mustSync(t, r)
+	srv.lag = 0
 	if !rep.Forked || rep.Rejected != 1 {
 		t.Fatalf("%+v", rep)
 	}

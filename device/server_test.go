@@ -45,6 +45,8 @@ type memServer struct {
 	subset    map[string]bool     // of item.grp; all devices see the same
 	perPage   int                 // rows to a page
 	canonical func(string) string // how the server writes keys; nil: as they came
+	lag       int                 // gets that are answered before a request is taken from the queue
+	queue     []func()            // requests that wait
 	lateMerge bool                // compose replies before the merge
 	waiting   []*request          // merges that are late
 	deaf      map[string]bool     // devices that are blocked
@@ -307,6 +309,17 @@ func (s *memServer) keyText(key []*string) []*string {
 		out[i] = ptr(s.canonical(*k))
 	}
 	return out
+}
+
+// work takes what waits in the queue, unless it is to wait on.
+func (s *memServer) work(lag int) {
+	if lag > 0 {
+		return
+	}
+	for _, take := range s.queue {
+		take()
+	}
+	s.queue = nil
 }
 
 func (s *memServer) late() {
@@ -609,6 +622,7 @@ func (s *memServer) compose(q *request) {
 func (s *memServer) rebuild(name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.work(0) // by the old mirror
 	s.epoch = name
 	s.open, s.waiting, s.tombs, s.led = nil, nil, nil, nil
 	s.incs, s.curs, s.out, s.parts, s.seen = map[string]*incarnation{}, map[string]cursor{}, map[string]map[int]Payload{}, map[string]map[string]Payload{}, map[string]*request{}
@@ -708,7 +722,8 @@ func (w *wire) Put(_ context.Context, session, part string, p Payload) (r protoc
 		}
 		if i == k || !r.Duplicate {
 			delete(w.s.parts, session) // taken from the queue
-			w.s.take(w.device, whole)
+			w.s.queue = append(w.s.queue, func() { w.s.take(w.device, whole) })
+			w.s.work(w.s.lag)
 		}
 		return nil
 	})
@@ -717,6 +732,7 @@ func (w *wire) Put(_ context.Context, session, part string, p Payload) (r protoc
 
 func (w *wire) Get(_ context.Context, session string, page int) (p Payload, err error) {
 	err = w.do("get", func() error {
+		defer w.s.work(0)
 		var ok bool
 		if p, ok = w.s.out[session][page]; ok {
 			return nil
