@@ -40,6 +40,7 @@ type bench struct {
 	dir            string
 	clusters       []*pgcluster.Cluster
 	source, mirror *pgxpool.Pool
+	broker         *broker
 	url            string
 	figures        []figure
 }
@@ -123,6 +124,10 @@ func (b *bench) run(ctx context.Context, major int) error {
 	case i := <-ready:
 		b.url = i.NATS
 	}
+	if b.broker, err = b.app.broker(ctx, c); err != nil {
+		return err
+	}
+	defer b.broker.close()
 	fmt.Fprintf(b.out, "%d rows in source and mirror; measuring\n\n", b.users*b.rows)
 	for _, step := range []func(context.Context) error{b.firstSync, b.stagesAlone, b.down, b.sessions} {
 		if err := step(ctx); err != nil {
@@ -210,8 +215,11 @@ func (b *bench) pools(ctx context.Context, mode stages.Mode, names ...string) er
 			return err
 		}
 	}
+	if err := b.broker.poolsChanged(); err != nil {
+		return err
+	}
 	if mode == stages.ModePause {
-		return sleep(ctx, 2500*time.Millisecond) // pools look once a second
+		return sleep(ctx, 2*time.Second) // for the batches under way
 	}
 	return nil
 }

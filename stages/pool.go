@@ -44,7 +44,7 @@ const (
 type PoolConfig struct {
 	Stage   string
 	Size    int           // workers when nobody has set another number (default 1)
-	Poll    time.Duration // longest rest of a worker that found nothing and was not kicked (default 200 ms); negative: none, the worker waits by itself
+	Poll    time.Duration // how often an idle pool looks for work without being kicked (default 200 ms); negative: never, its workers wait by themselves
 	Follow  time.Duration // how often waystage.pool is read (default 1 s)
 	Grace   time.Duration // how long running batches may take to end at shutdown (default 30 s)
 	Backoff time.Duration // first rest after a failure (default 100 ms); doubles up to MaxBackoff
@@ -337,7 +337,11 @@ func (p *Pool) batch(m *member, w Worker, take context.Context) (n int, err erro
 
 // rest waits for a kick, at most for the poll interval.
 func (p *Pool) rest(m *member) {
-	t := time.NewTimer(p.cfg.Poll)
+	// The pool as a whole looks once in Poll: its workers share the looking.
+	p.mu.Lock()
+	poll := p.cfg.Poll * time.Duration(max(1, len(p.members)))
+	p.mu.Unlock()
+	t := time.NewTimer(poll)
 	defer t.Stop()
 	select {
 	case <-m.leave.Done():
