@@ -3,7 +3,8 @@
 GO ?= go
 # The packages whose tests talk to PostgreSQL: only those say something new on another version of it.
 DATABASE_PACKAGES = $(addprefix ./,$(sort $(dir $(shell grep -rl --include='*_test.go' 'waystage/internal/pgtest"' . | sed 's|^\./||'))))
-TEST_FLAGS ?=
+# Go remembers results without knowing of the PostgreSQL that they came from.
+TEST_FLAGS ?= -count=1
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 FUZZ_TIME ?= 20s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
