@@ -173,24 +173,18 @@ func (s *upSession) refuseLocked(ctx context.Context, tx pgx.Tx, c *upChange, wh
 	if err != nil {
 		return fmt.Errorf("refuse change %d: %w", c.id, err)
 	}
-	keys := [][]string{c.key}
-	at, err := c.t.standings(ctx, tx, keys)
+	at, base, err := s.base(ctx, tx, c)
 	if err != nil {
 		return err
 	}
-	standing := at[0]
-	bases, err := c.t.baseImages(ctx, tx, keys, []int64{c.id})
-	if err != nil {
-		return err
-	}
-	switch b := bases[0]; {
-	case !conflict.Route(int(standing.pending)):
-		err = c.t.settle(ctx, tx, []settlement{{key: c.key, base: b.img, writer: b.writer, by: b.by}})
-		if err == nil && standing.hasBase {
-			err = c.t.dropBases(ctx, tx, keys)
+	switch {
+	case !conflict.Route(int(at.pending)):
+		err = c.t.settle(ctx, tx, []settlement{{key: c.key, base: base.img, writer: base.writer, by: base.by}})
+		if err == nil && at.hasBase {
+			err = c.t.dropBases(ctx, tx, [][]string{c.key})
 		}
-	case !standing.hasBase: // until now the first pending change's old image was the base
-		err = c.t.putBases(ctx, tx, bases)
+	case !at.hasBase: // until now the first pending change's old image was the base
+		err = c.t.putBases(ctx, tx, []baseRow{base})
 	}
 	if err != nil {
 		return err

@@ -17,7 +17,7 @@ import (
 
 const (
 	backoffFirst = 100 * time.Millisecond
-	backoffMost  = 30 * time.Second
+	backoffMost  = 10 * time.Second
 	readAhead    = 32 // messages fetched before they are needed
 	purgeEvery   = 500 * time.Millisecond
 	worked       = 5 * time.Second       // a session that lasted this long begins the back-off anew

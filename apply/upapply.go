@@ -116,9 +116,24 @@ func (s *upSession) results(res pgx.BatchResults, units []*unit) (out outcome, f
 
 // process decides changes, in order. The last transaction moves the source's position to end.
 func (s *upSession) process(ctx context.Context, list []*upChange, end change.LSN) error {
-	list, err := s.withoutDependents(ctx, list)
-	if err != nil || len(list) == 0 {
-		return err
+	if len(list) == 0 {
+		return nil
+	}
+	if len(s.refused) > 0 {
+		for i, c := range list {
+			why, depends := s.dependsOn(c)
+			if !depends {
+				continue
+			}
+			// It falls, but not before those that come before it: they may be changes of the same row.
+			if err := s.process(ctx, list[:i], s.position); err != nil {
+				return err
+			}
+			if err := s.refuse(ctx, c, why); err != nil {
+				return err
+			}
+			return s.process(ctx, list[i+1:], end)
+		}
 	}
 	out, err := s.try(ctx, list, end)
 	if err != nil {
@@ -159,33 +174,6 @@ func (s *upSession) process(ctx context.Context, list []*upChange, end change.LS
 		from = i + 1
 	}
 	return s.process(ctx, list[from:], end)
-}
-
-// withoutDependents refuses what depends on refused inserts.
-func (s *upSession) withoutDependents(ctx context.Context, list []*upChange) ([]*upChange, error) {
-	if len(s.refused) == 0 {
-		return list, nil
-	}
-	var keep []*upChange
-	for i, c := range list {
-		why, depends := s.dependsOn(c)
-		if !depends {
-			if keep != nil {
-				keep = append(keep, c)
-			}
-			continue
-		}
-		if keep == nil {
-			keep = append(make([]*upChange, 0, len(list)), list[:i]...)
-		}
-		if err := s.refuse(ctx, c, why); err != nil {
-			return nil, err
-		}
-	}
-	if keep == nil {
-		return list, nil
-	}
-	return keep, nil
 }
 
 // existing finds the inserts of a unit whose key the source has.
@@ -245,11 +233,10 @@ func (s *upSession) reconsider(ctx context.Context, c *upChange) (refused bool, 
 	if err := lockTables(ctx, tx, []int{c.t.ID}); err != nil {
 		return false, fmt.Errorf("read base: %w", err)
 	}
-	bases, err := c.t.baseImages(ctx, tx, [][]string{c.key}, []int64{c.id})
+	_, base, err := s.base(ctx, tx, c)
 	if err != nil {
 		return false, err
 	}
-	base := bases[0]
 	if c.op == conflict.Delete && base.img == nil && c.rebases < conflict.MaxRebases {
 		// What the change wants is so already, whoever did it. The next try makes sure.
 		c.expect = nil
@@ -276,6 +263,25 @@ func (s *upSession) reconsider(ctx context.Context, c *upChange) (refused bool, 
 		}
 	}
 	return true, s.refuseLocked(ctx, tx, c, why)
+}
+
+// base reads what stands beside a change's key in the mirror, and the key's base: its row or, without one, the old image of
+// the first change that has no verdict.
+func (s *upSession) base(ctx context.Context, tx querier, c *upChange) (standing, baseRow, error) {
+	keys := [][]string{c.key}
+	at, err := c.t.standings(ctx, tx, keys)
+	if err != nil {
+		return standing{}, baseRow{}, err
+	}
+	first := c.id
+	if n := at[0].first; n > 0 {
+		first = min(first, n)
+	}
+	rows, err := c.t.baseImages(ctx, tx, keys, []int64{first})
+	if err != nil {
+		return standing{}, baseRow{}, err
+	}
+	return at[0], rows[0], nil
 }
 
 func equalImages(a, b image) bool {

@@ -195,7 +195,7 @@ func (c *Capture) session(ctx context.Context) error {
 	var id [8]byte
 	_, _ = rand.Read(id[:]) // never fails
 	r := &run{c: c, s: s, prog: prog, pos: newPosition(durable), told: max(told, h.confirmed),
-		out: make(chan change.Message, queueDepth), targets: make(chan change.LSN, 1), tells: make(chan change.LSN, 1), told2: make(chan change.LSN, 1)}
+		out: make(chan change.Message, queueDepth), targets: make(chan change.LSN, 1), tells: make(chan change.LSN, 1), noted: make(chan change.LSN, 1)}
 	r.group = newGrouper(hex.EncodeToString(id[:]), durable, c.cfg.MessageBytes, r.emit)
 	c.log.Info("capturing", zap.String("slot", c.cfg.Slot), zap.Stringer("from", durable), zap.String("run", r.group.run), zap.Int32("timeline", h.timeline))
 	c.state.begin(r.group.run, durable)

@@ -26,7 +26,7 @@ type run struct {
 	out     chan change.Message
 	targets chan change.LSN // poll to read: the target's durable position; the latest only
 	tells   chan change.LSN // read to poll: note this position before the slot is told
-	told2   chan change.LSN // poll to read: noted
+	noted   chan change.LSN // poll to read: noted
 
 	groupAge  time.Time // when the waiting group got its first transaction
 	flushed   time.Time
@@ -100,7 +100,7 @@ func (r *run) chores() error {
 		}
 		r.pos.target(lsn)
 		r.c.state.durable(lsn)
-	case lsn := <-r.told2:
+	case lsn := <-r.noted:
 		r.told = max(r.told, lsn)
 	default:
 	}
@@ -221,7 +221,7 @@ func (r *run) poll(ctx context.Context) error {
 				return err
 			}
 			select {
-			case r.told2 <- lsn:
+			case r.noted <- lsn:
 			case <-ctx.Done():
 				return ctx.Err()
 			}
