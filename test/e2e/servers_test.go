@@ -102,7 +102,11 @@ func TestBlockingCutsTheConnection(t *testing.T) {
 			t.Fatalf("waystage %v: exit code %d", args, code)
 		}
 	}
-	waystage("pools", "scale", "merge", "0") // no reply, so that the sync waits
+	hold, err := w.mirror.Begin(w.ctx) // nothing is staged meanwhile, so the sync waits for its reply
+	w.must(err)
+	defer func() { _ = hold.Rollback(w.ctx) }()
+	_, err = hold.Exec(w.ctx, "LOCK TABLE waystage.session IN SHARE ROW EXCLUSIVE MODE")
+	w.must(err)
 	w.exec(d, "UPDATE patient SET remarks = 'kept' WHERE id = (SELECT min(id) FROM patient)")
 	waiting, ended := make(chan struct{}, 1), make(chan error, 1)
 	go func() {
@@ -129,7 +133,7 @@ func TestBlockingCutsTheConnection(t *testing.T) {
 		t.Fatal("the blocked device is still connected")
 	}
 	waystage("devices", "unblock", w.nurses[0].Login+"/phone")
-	waystage("pools", "scale", "merge", "1")
+	w.must(hold.Rollback(w.ctx))
 	w.settle(d)
 	w.must(w.compare(map[*device.Device]nurse.Person{d: w.nurses[0]}))
 	if got := w.text(d, "SELECT remarks FROM patient ORDER BY id LIMIT 1"); got != "kept" {
