@@ -102,10 +102,10 @@ func TestBlockingCutsTheConnection(t *testing.T) {
 			t.Fatalf("waystage %v: exit code %d", args, code)
 		}
 	}
-	hold, err := w.mirror.Begin(w.ctx) // nothing is staged meanwhile, so the sync waits for its reply
+	hold, err := w.mirror.Begin(w.ctx) // no reply is finished meanwhile, so the sync waits for its
 	w.must(err)
 	defer func() { _ = hold.Rollback(w.ctx) }()
-	_, err = hold.Exec(w.ctx, "LOCK TABLE waystage.session IN SHARE ROW EXCLUSIVE MODE")
+	_, err = hold.Exec(w.ctx, "LOCK TABLE waystage.cursor IN SHARE ROW EXCLUSIVE MODE")
 	w.must(err)
 	w.exec(d, "UPDATE patient SET remarks = 'kept' WHERE id = (SELECT min(id) FROM patient)")
 	waiting, ended := make(chan struct{}, 1), make(chan error, 1)
