@@ -130,7 +130,7 @@ func (c *Cluster) setUp(ctx context.Context, o Options) error {
 			return nil
 		}
 		// Between looking for a free port and binding it, another process may have taken it.
-		if try == tries || !errors.Is(err, errPortTaken) {
+		if try == tries || !errors.Is(err, errTaken) {
 			return err
 		}
 	}
@@ -215,7 +215,8 @@ func freePort() (int, error) {
 	return 0, fmt.Errorf("no free port on 127.0.0.1: %w", last)
 }
 
-var errPortTaken = errors.New("the port is taken")
+// errTaken: the port or the shared memory is somebody else's, maybe for a moment only.
+var errTaken = errors.New("taken by another process")
 
 // start runs the server and waits until it accepts connections. The caller has no process running.
 func (c *Cluster) start(ctx context.Context) error {
@@ -245,8 +246,9 @@ func (c *Cluster) start(ctx context.Context) error {
 		select {
 		case <-proc.done:
 			text := c.logSince(from)
-			if strings.Contains(text, "could not bind") {
-				return fmt.Errorf("%w: %s", errPortTaken, text)
+			// PostgreSQL has no codes for these; the messages are in English by our settings.
+			if strings.Contains(text, "could not bind") || strings.Contains(text, "pre-existing shared memory") {
+				return fmt.Errorf("%w: %s", errTaken, text)
 			}
 			return fmt.Errorf("the server ended (%w); its log says: %s", proc.err, text)
 		case <-ctx.Done():
@@ -363,7 +365,7 @@ func (c *Cluster) Restart(ctx context.Context) error {
 			return nil
 		}
 		// After a kill the last processes of the old server may hold port and memory for a moment.
-		if !errors.Is(err, errPortTaken) || ctx.Err() != nil {
+		if !errors.Is(err, errTaken) || ctx.Err() != nil {
 			return fmt.Errorf("restart PostgreSQL in %s: %w", c.dir, err)
 		}
 		select {
@@ -447,12 +449,24 @@ func (p *process) end(signal syscall.Signal) {
 	p.kill()
 }
 
-// kill ends the process and its children. It is stopped first so that it starts no more of them.
+// kill ends the process and its children, and waits for the end of all. It is stopped first so that it starts no more
+// of them.
 func (p *process) kill() {
 	_ = p.os.Signal(syscall.SIGSTOP)
-	for _, child := range children(p.pid) {
+	deadline := time.Now().Add(patience)
+	for state(p.pid) != "T" && state(p.pid) != "" && time.Now().Before(deadline) {
+		time.Sleep(time.Millisecond)
+	}
+	killed := children(p.pid)
+	for _, child := range killed {
 		_ = syscall.Kill(child, syscall.SIGKILL)
 	}
 	_ = p.os.Kill()
 	<-p.done
+	for _, child := range killed {
+		// A zombie holds nothing; its new parent may take its time.
+		for state(child) != "" && state(child) != "Z" && time.Now().Before(deadline) {
+			time.Sleep(time.Millisecond)
+		}
+	}
 }

@@ -23,26 +23,44 @@ func attributes(a account) *syscall.SysProcAttr {
 
 // children lists the processes that a process has started.
 func children(pid int) []int {
-	stats, err := filepath.Glob("/proc/[0-9]*/stat")
+	dirs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
 		return nil
 	}
 	var found []int
-	for _, path := range stats {
-		text, err := os.ReadFile(path)
+	for _, dir := range dirs {
+		child, err := strconv.Atoi(filepath.Base(dir))
 		if err != nil {
-			continue // ended meanwhile
-		}
-		// "pid (name) state ppid ...": the name may hold blanks and brackets.
-		fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
-		if len(fields) < 2 || fields[1] != strconv.Itoa(pid) {
 			continue
 		}
-		if child, err := strconv.Atoi(filepath.Base(filepath.Dir(path))); err == nil {
+		if _, parent := stat(child); parent == pid {
 			found = append(found, child)
 		}
 	}
 	return found
+}
+
+// state is the letter by which the kernel tells a process's state, "" when there is no such process.
+func state(pid int) string {
+	s, _ := stat(pid)
+	return s
+}
+
+func stat(pid int) (state string, parent int) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return "", 0 // ended
+	}
+	// "pid (name) state ppid ...": the name may hold blanks and brackets.
+	fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
+	if len(fields) < 2 {
+		return "", 0
+	}
+	parent, err = strconv.Atoi(fields[1])
+	if err != nil {
+		return "", 0
+	}
+	return fields[0], parent
 }
 
 // removeSharedMemory removes the shared memory segment that a killed server left, named by its lock file.

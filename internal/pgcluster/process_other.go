@@ -16,4 +16,6 @@ func attributes(a account) *syscall.SysProcAttr {
 
 func children(int) []int { return nil }
 
+func state(int) string { return "" }
+
 func removeSharedMemory(string) error { return nil }
