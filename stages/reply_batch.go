@@ -347,7 +347,7 @@ func (b *replyBatch) verdicts() error {
 		if s.from != nil {
 			xmin = s.from.xmin
 		}
-		batch.Queue(verdictsSQL, s.incarnation, xmin, s.id).Query(func(rows pgx.Rows) error {
+		batch.Queue(verdictsSQL, s.deviceID, xmin, s.id).Query(func(rows pgx.Rows) error {
 			for rows.Next() {
 				var v protocol.Verdict
 				var version int64

@@ -142,7 +142,7 @@ CREATE TABLE waystage.change (
     UNIQUE (session_id, idx)
 ) WITH (fillfactor = 80);
 CREATE INDEX change_pending ON waystage.change (tbl, key, id) WHERE state = 'merged';
-CREATE INDEX change_verdict ON waystage.change (incarnation, stamp);
+CREATE INDEX change_verdict ON waystage.change (device_id, stamp);
 CREATE INDEX change_rejected ON waystage.change (id) WHERE state IN ('rejected', 'refused');
 
 -- Rule R2: the source's image of a key while changes of it are pending. No row: the source still has the old
