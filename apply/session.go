@@ -81,7 +81,7 @@ func connectMirror(ctx context.Context, dsn, app string) (*pgx.Conn, error) {
 		return nil, fmt.Errorf("mirror: %w", err)
 	}
 	for k, v := range map[string]string{
-		"enable_hashjoin": "off", "enable_mergejoin": "off", "plan_cache_mode": "force_generic_plan", "jit": "off",
+		"enable_hashjoin": "off", "enable_mergejoin": "off", "plan_cache_mode": "force_generic_plan", "jit": "off", "max_parallel_workers_per_gather": "0",
 		"idle_in_transaction_session_timeout": "10min",
 	} {
 		cfg.RuntimeParams[k] = v

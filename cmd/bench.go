@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -36,6 +37,7 @@ type bench struct {
 	users   int // devices, one each
 	rows    int // rows of each user
 	seconds int // of the concurrent sessions
+	only    []string
 
 	dir            string
 	clusters       []*pgcluster.Cluster
@@ -73,6 +75,7 @@ included; compare ratios, not absolute figures.`,
 	c.Flags().IntVar(&b.users, "users", 100, "concurrent devices, of a user each")
 	c.Flags().IntVar(&b.rows, "rows", 2000, "rows of each user")
 	c.Flags().IntVar(&b.seconds, "seconds", 10, "how long the concurrent sessions run")
+	c.Flags().StringSliceVar(&b.only, "only", nil, "only these: first-sync, stages, down, sessions")
 	return c
 }
 
@@ -129,8 +132,14 @@ func (b *bench) run(ctx context.Context, major int) error {
 	}
 	defer b.broker.close()
 	fmt.Fprintf(b.out, "%d rows in source and mirror; measuring\n\n", b.users*b.rows)
-	for _, step := range []func(context.Context) error{b.firstSync, b.stagesAlone, b.down, b.sessions} {
-		if err := step(ctx); err != nil {
+	for _, step := range []struct {
+		name string
+		run  func(context.Context) error
+	}{{"first-sync", b.firstSync}, {"stages", b.stagesAlone}, {"down", b.down}, {"sessions", b.sessions}} {
+		if len(b.only) > 0 && !slices.Contains(b.only, step.name) {
+			continue
+		}
+		if err := step.run(ctx); err != nil {
 			return err
 		}
 	}

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/waystage/waystage/device"
+	"github.com/waystage/waystage/internal/registry"
 	"github.com/waystage/waystage/protocol"
 	"github.com/waystage/waystage/stages"
 )
@@ -231,7 +232,7 @@ func (b *bench) fleet(ctx context.Context) ([]*loadDevice, error) {
 	for i := range devices {
 		g.Go(func() error {
 			user := fmt.Sprintf("u%04d", i)
-			if err := b.addUser(gctx, user, "field"); err != nil {
+			if err := b.addUser(gctx, user, "field"); err != nil && !errors.Is(err, registry.ErrUserExists) {
 				return err
 			}
 			d, err := b.loadDevice(gctx, user)
@@ -324,21 +325,12 @@ func (b *bench) down(ctx context.Context) error {
 
 // sessions measures concurrent two-way sessions, each with one changed row, against one INSERT and one SELECT commit of as many clients at the source.
 func (b *bench) sessions(ctx context.Context) error {
-	devices := make([]*loadDevice, b.users)
-	for i := range devices {
-		d, err := b.loadDevice(ctx, fmt.Sprintf("u%04d", i))
-		if err != nil {
-			return err
-		}
+	devices, err := b.fleet(ctx)
+	if err != nil {
+		return err
+	}
+	for _, d := range devices {
 		defer func() { _ = d.t.Close() }()
-		devices[i] = d
-		token, err := d.put(ctx, nil)
-		if err != nil {
-			return err
-		}
-		if _, err := d.fetch(ctx, token); err != nil {
-			return err
-		}
 	}
 	measure := func(work func(ctx context.Context, i int) error) (times []time.Duration, took time.Duration, err error) {
 		var mu sync.Mutex

@@ -84,12 +84,12 @@ SELECT c.token, c.device_id, c.set_name, c.since, c.created_at, c.keysets::text,
 FROM waystage.cursor c WHERE c.token = ANY ($1)`
 
 // verdictsSQL reads the verdicts that a reply tells (rule D5): $1 device, $2 xmin of the cursor, $3 session. They are of all
-// the device's incarnations: what a restored file's earlier life had merged may still be refused by the source.
+// the device's incarnations: what a restored file's earlier life had merged may still be refused by the source. stamp + 0 keeps the planner from reading all older stamps in the index.
 const verdictsSQL = `
 SELECT v.incarnation, v.n, v.idx, v.tname, v.key, v.state, v.version, coalesce(v.code, ''), coalesce(v.detail, ''),
 	coalesce(v.constraint_name, ''), v.id, v.session_id = $3
 FROM (
 	SELECT * FROM waystage.change WHERE device_id = $1 AND stamp >= $2
 	UNION ALL
-	SELECT * FROM waystage.change WHERE session_id = $3 AND stamp < $2) v
+	SELECT * FROM waystage.change WHERE session_id = $3 AND stamp + 0 < $2) v
 ORDER BY v.session_id, v.idx`
