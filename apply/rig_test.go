@@ -351,7 +351,7 @@ func (r *rig) tryMerge(conn *pgx.Conn, recs ...rec) (ids []int64, err error) {
 		}
 		slices.Sort(tbls)
 		for _, id := range slices.Compact(tbls) {
-			if _, err := tx.Exec(r.ctx, "SELECT pg_advisory_xact_lock($1, $2)", apply.LockClass, id); err != nil {
+			if _, err := tx.Exec(r.ctx, "SELECT pg_advisory_xact_lock($1, $2)", schema.TableLockClass, id); err != nil {
 				return err
 			}
 		}
@@ -548,5 +548,3 @@ func (r *rig) eventually(what string, ok func() bool) {
 		}
 	}
 }
-
-func s(v string) *string { return &v }

@@ -8,11 +8,8 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/waystage/waystage/conflict"
+	"github.com/waystage/waystage/schema"
 )
-
-// LockClass is the first number of the transaction-level advisory locks by which merge, down and settlement exclude each
-// other for each table; the second is the table's id. They are taken in ascending order, before anything is read.
-const LockClass = 22355
 
 // querier is a connection or a transaction.
 type querier interface {
@@ -23,7 +20,7 @@ type querier interface {
 
 // lockTables takes the locks of tables; ids is ascending.
 func lockTables(ctx context.Context, tx querier, ids []int) error {
-	_, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock($1, id) FROM (SELECT id FROM unnest($2::int[]) AS id ORDER BY id) AS t", LockClass, ids)
+	_, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock($1, id) FROM (SELECT id FROM unnest($2::int[]) AS id ORDER BY id) AS t", schema.TableLockClass, ids)
 	return err
 }
 

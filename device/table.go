@@ -61,14 +61,14 @@ func (t *table) prime() error {
 	}
 	q := tableSQL{}
 	live, s, v := quote(t.Local), quote(t.shadow()), quote(t.versions())
-	var cols, keys, kKeys, is, kIs, bCols []string
+	var cols, kKeys, is, kIs, bCols []string
 	for _, c := range t.Cols {
 		cols = append(cols, quote(c.Local))
 		bCols = append(bCols, quote("b_"+c.Local))
 	}
 	for _, i := range t.key {
 		c := t.Cols[i].Local
-		keys, kKeys = append(keys, quote(c)), append(kKeys, quote("k_"+c))
+		kKeys = append(kKeys, quote("k_"+c))
 		is, kIs = append(is, quote(c)+" = ?"), append(kIs, quote("k_"+c)+" = ?")
 	}
 	q.columns, q.keys, q.keyIs = strings.Join(cols, ", "), strings.Join(kKeys, ", "), strings.Join(kIs, " AND ")

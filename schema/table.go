@@ -86,6 +86,11 @@ const (
 	ColMerged  = "_ws_mver"    // bigint: version given by that device's merge, 0: none
 )
 
+// TableLockClass is the first number of the transaction-level advisory locks by which merge, down and settlement
+// exclude each other for each table; the second is the table's id. They are taken in ascending order, before anything is
+// read.
+const TableLockClass = 22355
+
 // Session settings that make text representations canonical (rule R5). Set on every connection that carries values,
 // replication connections too.
 var Canonical = map[string]string{

@@ -11,6 +11,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/waystage/waystage/protocol"
+	"github.com/waystage/waystage/schema"
 )
 
 // MergeConfig bounds merge. The zero value of a field takes the default.
@@ -164,7 +165,7 @@ func (b *mergeBatch) claim() (records int, err error) {
 func (b *mergeBatch) lock() (tables []int, err error) {
 	q := &pgx.Batch{}
 	q.Queue(`SELECT pg_current_xact_id()::text::bigint`).QueryRow(func(row pgx.Row) error { return row.Scan(&b.stamp) })
-	q.Queue(lockSQL, b.ids).Query(func(rows pgx.Rows) error {
+	q.Queue(lockSQL, b.ids, schema.TableLockClass).Query(func(rows pgx.Rows) error {
 		var tbl int
 		var locked bool
 		_, err := pgx.ForEachRow(rows, []any{&tbl, &locked}, func() error {

@@ -147,9 +147,9 @@ WHERE s.state = 'staged' AND s.id IN (
 ORDER BY s.id FOR UPDATE OF s SKIP LOCKED`
 
 // lockSQL locks the tables of the claimed sessions against down-apply, settlement and other merges, in the order
-// that all of them keep.
+// that all of them keep: $1 sessions, $2 schema.TableLockClass.
 const lockSQL = `
-SELECT t.tbl, pg_advisory_xact_lock(22355, t.tbl) IS NULL
+SELECT t.tbl, pg_advisory_xact_lock($2, t.tbl) IS NULL
 FROM (SELECT DISTINCT tbl FROM waystage.staging WHERE session_id = ANY ($1) AND tbl <> 0 ORDER BY tbl) t`
 
 // badSQL moves the records that were refused without looking at their rows into the ledger: $1 sessions, $2 stamp.
