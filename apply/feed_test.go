@@ -94,8 +94,8 @@ func TestFeedNeverSkipsOrRepeats(t *testing.T) {
 						msgs = slices.Insert(msgs, i, msgs[i])
 					case 2:
 						msgs[0], msgs[i] = msgs[i], msgs[0]
-					case 3: // a capture that was thought dead goes on writing
-						old := runOf(t, "zombie", 1000, ends, rows)
+					case 3: // a capture that was thought dead goes on writing; every capture names its run anew
+						old := runOf(t, fmt.Sprint("zombie", round, ".", faults), 1000, ends, rows)
 						msgs = slices.Insert(msgs, i, old[rapid.IntRange(0, len(old)-1).Draw(t, "which"):]...)
 					}
 				}
