@@ -13,6 +13,7 @@ import (
 
 	"github.com/waystage/waystage/change"
 	"github.com/waystage/waystage/conflict"
+	"github.com/waystage/waystage/internal/sabotage"
 )
 
 // ownTx is a transaction of the up worker, recognised by its first row: the move of our row in the source's progress table.
@@ -116,7 +117,7 @@ func (b *batch) event(ctx context.Context, ev *change.Event) error {
 	if rel.marker {
 		return b.marker(rel, ev, first)
 	}
-	if rel.table == nil {
+	if rel.table == nil || b.cur != nil && sabotage.On(sabotage.SkipEchoes) {
 		return nil
 	}
 	if err := b.row(ctx, rel, ev); err != nil {
@@ -529,7 +530,7 @@ func (tr *tableRows) routed(ctx context.Context, tx pgx.Tx, decided map[string]*
 	for i, key := range keys {
 		id := keyID(key)
 		st, v, s := tr.rows[id], decided[id], at[i]
-		if !conflict.Route(int(s.pending)) && v == nil {
+		if (!conflict.Route(int(s.pending)) || sabotage.On(sabotage.ForgetPending)) && v == nil {
 			direct = append(direct, st)
 			continue
 		}

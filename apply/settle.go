@@ -3,11 +3,13 @@ package apply
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/waystage/waystage/conflict"
+	"github.com/waystage/waystage/internal/sabotage"
 	"github.com/waystage/waystage/schema"
 )
 
@@ -105,6 +107,9 @@ func (w *table) settle(ctx context.Context, tx querier, items []settlement) erro
 		return nil
 	}
 	lw, mver := make([]*string, len(put)), make([]int64, len(put))
+	if sabotage.On(sabotage.KeepRefused) {
+		put = slices.DeleteFunc(put, func(s settlement) bool { return !s.accepted })
+	}
 	for r, s := range put {
 		lw[r], mver[r] = s.by.lw, s.by.mver
 	}

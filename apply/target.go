@@ -9,6 +9,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/waystage/waystage/internal/sabotage"
 	"github.com/waystage/waystage/schema"
 )
 
@@ -124,6 +125,12 @@ func (t *target) same() string {
 	old := "ROW(" + t.list(t.all(), func(i int) string {
 		return fmt.Sprintf("(u.old->>%s)::%s", schema.Literal(t.Columns[i].Name), t.full[i])
 	}) + ")"
+	switch {
+	case sabotage.On(sabotage.CompareKey):
+		return "true"
+	case sabotage.On(sabotage.CompareEqual):
+		return row + " = " + old
+	}
 	return fmt.Sprintf(`(record_image_eq(%[1]s, %[2]s) OR %[1]s::text COLLATE "C" = %[2]s::text COLLATE "C")`, row, old)
 }
 

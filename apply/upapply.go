@@ -8,6 +8,7 @@ import (
 
 	"github.com/waystage/waystage/change"
 	"github.com/waystage/waystage/conflict"
+	"github.com/waystage/waystage/internal/sabotage"
 )
 
 // outcome of one source transaction. At most one field is set; none: committed.
@@ -31,10 +32,14 @@ func (s *upSession) try(ctx context.Context, list []*upChange, position change.L
 		ids[i] = c.id
 	}
 	// The fence is the first row of the transaction: that is how down knows that it is ours (rule R3).
+	fence := "seq = $2"
+	if sabotage.On(sabotage.DropFence) {
+		fence = "seq >= $2"
+	}
 	b := &pgx.Batch{}
 	b.Queue("BEGIN ISOLATION LEVEL READ COMMITTED")
 	b.Queue(`UPDATE waystage.progress SET seq = seq + 1, position = $3::text::pg_lsn, carries = $4, worker = $5, at = clock_timestamp()
-		WHERE epoch = $1 AND seq = $2`, s.epoch, s.seq, position.String(), formatCarries(ids), s.u.cfg.Worker)
+		WHERE epoch = $1 AND `+fence, s.epoch, s.seq, position.String(), formatCarries(ids), s.u.cfg.Worker)
 	for _, un := range units {
 		b.Queue(un.t.statement(un.f, un.cols), un.args()...)
 	}

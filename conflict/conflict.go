@@ -6,6 +6,8 @@
 // docs/ARCHITECTURE.md.
 package conflict
 
+import "github.com/waystage/waystage/internal/sabotage"
+
 // Op is what a record does to its row.
 type Op byte
 
@@ -55,7 +57,7 @@ const (
 // Merge decides rule D3: accept iff the base version is the row's, or the record deletes an absent row, or it
 // continues this incarnation's own last write, or the row already is what the record makes of it.
 func Merge(f Facts) (Effect, Reason) {
-	fresh := f.Version
+	fresh := f.Version || sabotage.On(sabotage.MergeStale)
 	if f.OldEpoch {
 		fresh = f.BaseImage
 	}

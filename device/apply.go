@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/waystage/waystage/internal/sabotage"
 	"github.com/waystage/waystage/protocol"
 )
 
@@ -292,7 +293,11 @@ func (in *incoming) table(r *protocol.TableRows) error {
 			return fmt.Errorf("%w: rows of table %s without key column %s", ErrReply, r.Table, m.Cols[k].Wire)
 		}
 	}
-	for _, row := range r.Rows {
+	rows := r.Rows
+	if sabotage.On(sabotage.HalfPage) {
+		rows = rows[:(len(rows)+1)/2]
+	}
+	for _, row := range rows {
 		if len(row.Values) != len(cols) {
 			return fmt.Errorf("%w: a row of table %s with %d values for %d columns", ErrReply, r.Table, len(row.Values), len(cols))
 		}
@@ -346,6 +351,11 @@ func (in *incoming) row(tab *table, cols, at []int, row protocol.Row) error {
 		}
 		if _, err := in.t.run("UPDATE "+quote(tab.shadow())+" SET sstate = ?, simg = ? WHERE id = ?", serverIsSimg, string(text), d.id); err != nil {
 			return err
+		}
+		if sabotage.On(sabotage.MoveBase) {
+			if _, err := in.t.run("UPDATE "+quote(tab.shadow())+" SET bver = ? WHERE id = ? AND base = 1", row.Version, d.id); err != nil {
+				return err
+			}
 		}
 	}
 	return in.t.setVersion(tab, key, row.Version, in.set.Bit, in.gen)

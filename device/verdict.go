@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/waystage/waystage/internal/sabotage"
 	"github.com/waystage/waystage/protocol"
 )
 
@@ -367,7 +368,7 @@ func (j *judge) refuse(f *frozen, d *dirty) error {
 	if err != nil {
 		return err
 	}
-	if same {
+	if same || sabotage.On(sabotage.DropLater) {
 		return j.t.restore(f.tab, d)
 	}
 	if err := j.t.fix(f.tab, d); err != nil {
@@ -388,6 +389,13 @@ func (j *judge) log(f *frozen, v protocol.Verdict) error {
 		}
 	}
 	j.refused, j.keys = append(j.refused, r), append(j.keys, key)
+	if sabotage.On(sabotage.LogTwice) {
+		again := *r
+		again.idx += 1000
+		if err := j.t.reject(&again); err != nil {
+			return err
+		}
+	}
 	return j.t.reject(r)
 }
 

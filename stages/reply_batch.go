@@ -19,6 +19,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/waystage/waystage/internal/pgerr"
+	"github.com/waystage/waystage/internal/sabotage"
 	"github.com/waystage/waystage/protocol"
 	"github.com/waystage/waystage/schema"
 )
@@ -127,7 +128,7 @@ func (b *replyBatch) admit(s *session) {
 
 // compose reads one snapshot. All pages but each session's last are stored on the way.
 func (b *replyBatch) compose() (err error) {
-	b.tx, err = b.conn.BeginTx(b.ctx, byIndex("ISOLATION LEVEL REPEATABLE READ READ ONLY"))
+	b.tx, err = b.conn.BeginTx(b.ctx, byIndex(snapshotMode()))
 	if err != nil {
 		return fmt.Errorf("begin a snapshot: %w", err)
 	}
@@ -233,6 +234,14 @@ func (b *replyBatch) gather() (map[string]*cursor, error) {
 	return cursors, nil
 }
 
+// snapshotMode makes all queries of a reply see one state of the mirror.
+func snapshotMode() string {
+	if sabotage.On(sabotage.TornSnapshot) {
+		return "READ ONLY"
+	}
+	return "ISOLATION LEVEL REPEATABLE READ READ ONLY"
+}
+
 // readerSettings come before queries of definitions; a rollback to the savepoint undoes them, whatever the queries did.
 var readerSettings = []string{
 	"SAVEPOINT ws_reader",
@@ -307,6 +316,9 @@ func (b *replyBatch) compare() error {
 				break
 			}
 			t.kept, t.fresh, t.gone = diff(had, t.all)
+			if sabotage.On(sabotage.LeakKey) {
+				t.kept, t.gone = append(t.kept, t.gone...), nil
+			}
 		}
 	}
 	return nil
@@ -444,6 +456,10 @@ func (b *replyBatch) keepCursors() error {
 		}
 		tokens, incarnations, sets, froms = append(tokens, s.cursor), append(incarnations, s.incarnation), append(sets, s.set), append(froms, s.cursorFrom)
 		devices, ids, keys = append(devices, s.deviceID), append(ids, s.id), append(keys, string(body))
+	}
+	since := b.xmin
+	if sabotage.On(sabotage.OffByOne) {
+		since++
 	}
 	batch := &pgx.Batch{}
 	batch.Queue(`DELETE FROM waystage.cursor c USING unnest($1::bigint[], $2::text[], $3::text[], $4::bigint[]) AS u(device, name, token, session)

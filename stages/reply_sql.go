@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/waystage/waystage/internal/sabotage"
 	"github.com/waystage/waystage/schema"
 )
 
@@ -19,6 +20,10 @@ type replySQL struct {
 
 func newReplySQL(s *subscription) *replySQL {
 	t := s.table
+	tombstone := "waystage.tombstone"
+	if sabotage.On(sabotage.SkipTombstone) {
+		tombstone = "(SELECT * FROM waystage.tombstone WHERE hashtext(key::text) % 3 <> 0)"
+	}
 	cols := make([]string, 0, len(s.columns)+1)
 	cols = append(cols, "m._ws_version")
 	for _, name := range s.columns {
@@ -37,8 +42,8 @@ func newReplySQL(s *subscription) *replySQL {
 		q.changed = "SELECT " + list + from + " WHERE m._ws_version >= $1::bigint"
 		q.whole = "SELECT " + list + from
 		q.count = "SELECT greatest(c.reltuples, 0)::bigint FROM pg_class c WHERE c.oid = " + schema.Literal(t.Ident()) + "::regclass"
-		q.deleted = fmt.Sprintf("SELECT DISTINCT %s\nFROM waystage.tombstone t WHERE t.tbl = %d AND t.stamp >= $1::bigint AND NOT EXISTS (SELECT%s WHERE %s OFFSET 0)",
-			strings.Join(dead, ", "), t.ID, from, strings.Join(alive, " AND "))
+		q.deleted = fmt.Sprintf("SELECT DISTINCT %s\nFROM %s t WHERE t.tbl = %d AND t.stamp >= $1::bigint AND NOT EXISTS (SELECT%s WHERE %s OFFSET 0)",
+			strings.Join(dead, ", "), tombstone, t.ID, from, strings.Join(alive, " AND "))
 		return q
 	}
 	c, _ := t.Column(s.Key)
@@ -51,8 +56,8 @@ func newReplySQL(s *subscription) *replySQL {
 	q.count = "SELECT count(*)" + from + " WHERE " + in("$1")
 	// A row that moved from one key of the user to another has a tombstone and is alive. It is looked up by its primary
 	// key (OFFSET 0), not by the user's keys, of which there may be many.
-	q.deleted = fmt.Sprintf("SELECT DISTINCT %s\nFROM waystage.tombstone t WHERE t.tbl = %d AND t.val = ANY ($2::text[]) AND t.stamp >= $1::bigint AND NOT EXISTS (SELECT FROM (SELECT m.*%s WHERE %s OFFSET 0) m WHERE %s)",
-		strings.Join(dead, ", "), t.ID, from, strings.Join(alive, " AND "), in("$3"))
+	q.deleted = fmt.Sprintf("SELECT DISTINCT %s\nFROM %s t WHERE t.tbl = %d AND t.val = ANY ($2::text[]) AND t.stamp >= $1::bigint AND NOT EXISTS (SELECT FROM (SELECT m.*%s WHERE %s OFFSET 0) m WHERE %s)",
+		strings.Join(dead, ", "), tombstone, t.ID, from, strings.Join(alive, " AND "), in("$3"))
 	return q
 }
 

@@ -16,8 +16,9 @@ const module = "github.com/waystage/waystage"
 // allowed says which of the project's packages each package may import.
 var allowed = map[string][]string{
 	"protocol":           {},
+	"internal/sabotage":  {},
 	"change":             {},
-	"conflict":           {},
+	"conflict":           {"internal/sabotage"},
 	"schema":             {"protocol", "internal/pgerr"},
 	"internal/pgerr":     {"protocol"},
 	"internal/leader":    {},
@@ -26,10 +27,10 @@ var allowed = map[string][]string{
 	"internal/pgcluster": {},
 	"internal/nurse":     {"schema"},
 	"queue":              {"protocol", "change"},
-	"stages":             {"protocol", "schema", "conflict", "internal/pgerr"},
-	"capture":            {"change", "schema", "internal/pgerr", "internal/leader"},
-	"apply":              {"change", "schema", "conflict", "internal/pgerr", "internal/leader"},
-	"device":             {"protocol"},
+	"stages":             {"protocol", "schema", "conflict", "internal/pgerr", "internal/sabotage"},
+	"capture":            {"change", "schema", "internal/pgerr", "internal/leader", "internal/sabotage"},
+	"apply":              {"change", "schema", "conflict", "internal/pgerr", "internal/leader", "internal/sabotage"},
+	"device":             {"protocol", "internal/sabotage"},
 }
 
 // only says which packages alone may import a library.
