@@ -54,3 +54,8 @@ const (
 	CodePermission Code = "source_permission"   // row security or privileges of the source refused the change
 	CodeDependency Code = "dependency_rejected" // the change was made on top of a change that was itself refused
 )
+
+// Rejections and refusals of a record that has no fault of its own, by the merge or by the source.
+const (
+	CodeTransaction Code = "transaction_rejected" // another record of the same atomic device transaction failed; Detail names it
+)

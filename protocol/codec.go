@@ -157,6 +157,11 @@ func (r *Request) check(lim Limits) error {
 			return bad(f.name, fmt.Sprintf("at most %d bytes", lim.Name))
 		}
 	}
+	for i := range r.Changes {
+		if r.Changes[i].Unit < 0 {
+			return bad(fmt.Sprintf("changes[%d].unit", i), "a number from 1, or left out")
+		}
+	}
 	tables := make(map[string]bool, len(r.Columns))
 	for i, l := range r.Columns {
 		if tables[l.Table] {

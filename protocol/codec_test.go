@@ -57,6 +57,7 @@ func drawRequest(t *rapid.T) *Request {
 			return Change{
 				Table: text(t, "table"), Op: rapid.SampledFrom([]string{Insert, Update, Delete, "x"}).Draw(t, "op"),
 				Key: values(t, "key"), Version: text(t, "version"), Base: orNil(values(t, "base")), New: orNil(values(t, "new")),
+				Unit: rapid.OneOf(rapid.Just(int64(0)), rapid.Int64Range(1, 1<<62)).Draw(t, "unit"),
 			}
 		}),
 	}
@@ -250,6 +251,8 @@ func TestDecodeRefusesJSON(t *testing.T) {
 		"oldest":            {head + `,"oldest":"yesterday"}`, CodeMalformed, "oldest"},
 		"app too long":      {head + `,"app":"` + strings.Repeat("x", 513) + `"}`, CodeMalformed, "app"},
 		"layout twice":      {head + `,"columns":[{"table":"t","columns":[]},{"table":"t","columns":[]}]}`, CodeMalformed, "twice"},
+		"negative unit":     {head + `,"changes":[{"table":"t","op":"D","key":["1"],"unit":-1}]}`, CodeMalformed, "changes[0].unit"},
+		"unit as text":      {head + `,"changes":[{"table":"t","op":"D","key":["1"],"unit":"1"}]}`, CodeMalformed, "a text where a whole number"},
 		"column twice":      {head + `,"columns":[{"table":"t","columns":["a","a"]}]}`, CodeMalformed, "twice"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -63,6 +63,7 @@ type Change struct {
 	Version string  `cbor:"4,keyasint,omitempty" json:"version,omitempty"` // base version; empty: the device had no such row
 	Base    []Value `cbor:"5,keyasint,omitempty" json:"base,omitempty"`    // base image in Layout order; absent for Insert
 	New     []Value `cbor:"6,keyasint,omitempty" json:"new,omitempty"`     // new image in Layout order; absent for Delete
+	Unit    int64   `cbor:"7,keyasint,omitempty" json:"unit,omitempty"`    // number of the device's transaction within the session, 1, 2, ... (rule R8); 0: none given
 }
 
 // Page is one page of a reply. All pages of one composition carry the same Reply id; a device that sees two

@@ -48,6 +48,14 @@ func vectors(testing.TB) []vector {
 		{Table: "care.visit", Op: Update, Key: []Value{val("2")}, Version: "711", Base: []Value{val("2"), val("17"), nil, nil, nil, val("f")}, New: []Value{val("2"), val("17"), val("späť"), nil, nil, val("t")}},
 		{Table: "care.visit", Op: Delete, Key: []Value{val("3")}, Version: "698", Base: []Value{val("3"), val("17"), val(""), nil, nil, val("t")}},
 	}
+	units := req(3)
+	units.Columns = []Layout{{Table: "care.visit", Columns: []string{"id", "note"}}}
+	units.Changes = []Change{
+		{Table: "care.visit", Op: Insert, Key: []Value{val("8")}, New: []Value{val("8"), val("a")}, Unit: 1},
+		{Table: "care.visit", Op: Delete, Key: []Value{val("3")}, Version: "698", Base: []Value{val("3"), val("")}, Unit: 2},
+		{Table: "care.visit", Op: Insert, Key: []Value{val("9")}, New: []Value{val("9"), nil}, Unit: 1},
+		{Table: "care.visit", Op: Insert, Key: []Value{val("10")}, New: []Value{val("10"), val("b")}},
+	}
 	old := req(1)
 	old.Changes = []Change{{Table: "care.visit", Op: Delete, Key: []Value{val("3")}, Version: "698", Base: []Value{val("3")}}}
 	old.Columns = []Layout{{Table: "care.visit", Columns: []string{"id"}}}
@@ -94,6 +102,7 @@ func vectors(testing.TB) []vector {
 	return []vector{
 		{"request-first", &first},
 		{"request-changes", &edits},
+		{"request-units", &units},
 		{"request-old-epoch", &old},
 		{"page-schema", &schema},
 		{"page-last", &last},
