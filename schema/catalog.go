@@ -61,7 +61,7 @@ func ReadTables(ctx context.Context, conn *pgx.Conn, names []string) ([]*Table, 
 		}
 		byOID := map[uint32]*Table{}
 		for _, r := range good {
-			t := &Table{Schema: r.schema, Name: r.name, Key: r.pk}
+			t := &Table{Schema: r.schema, Name: r.name, Key: r.pk, OID: r.oid}
 			byOID[r.oid] = t
 			tables = append(tables, t)
 		}
@@ -278,7 +278,7 @@ WITH RECURSIVE col AS (
 ), bottom AS (
     SELECT DISTINCT ON (attrelid, attnum) attrelid, attnum, typ, typmod FROM base ORDER BY attrelid, attnum, depth DESC
 )
-SELECT c.attrelid, c.attname, format_type(c.atttypid, c.atttypmod), format_type(b.typ, b.typmod),
+SELECT c.attrelid, c.attnum, c.atttypid, c.atttypmod, c.attname, format_type(c.atttypid, c.atttypmod), format_type(b.typ, b.typmod),
        bt.typnamespace = 'pg_catalog'::regnamespace AND coalesce(et.typtype, bt.typtype) IN ('b', 'r', 'm'),
        coalesce(et.typname, bt.typname), c.attnotnull, c.attidentity::text,
        coalesce((SELECT array_agg(e.enumlabel::text ORDER BY e.enumsortorder) FROM pg_enum e WHERE e.enumtypid = b.typ), '{}')
@@ -294,7 +294,7 @@ SELECT c.attrelid, c.attname, format_type(c.atttypid, c.atttypmod), format_type(
 		baseType, innermost string
 		builtin             bool
 	)
-	_, err = pgx.ForEachRow(rows, []any{&oid, &c.Name, &c.Type, &baseType, &builtin, &innermost, &c.NotNull, &c.Identity, &c.Labels}, func() error {
+	_, err = pgx.ForEachRow(rows, []any{&oid, &c.Num, &c.TypeOID, &c.TypeMod, &c.Name, &c.Type, &baseType, &builtin, &innermost, &c.NotNull, &c.Identity, &c.Labels}, func() error {
 		col := c
 		col.Labels = slices.Clone(c.Labels)
 		if len(col.Labels) == 0 {

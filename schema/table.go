@@ -17,6 +17,9 @@ type Column struct {
 	Default    string   `json:"default,omitempty"`  // constant default as text, if it is one
 	Identity   string   `json:"identity,omitempty"` // "", "a" (always) or "d" (by default)
 	Labels     []string `json:"labels,omitempty"`   // enum labels, when Type is an enum
+	Num        int16    `json:"num,omitempty"`      // attnum at the source: it survives a renaming
+	TypeOID    uint32   `json:"type_oid,omitempty"` // type and modifier as the change stream describes them
+	TypeMod    int32    `json:"type_mod,omitempty"`
 }
 
 // ForeignKey of a synced table to another synced table.
@@ -37,6 +40,8 @@ type Table struct {
 	Key     []string     `json:"key"` // primary key columns in key order
 	Unique  [][]string   `json:"unique,omitempty"`
 	Foreign []ForeignKey `json:"foreign,omitempty"`
+	OID     uint32       `json:"oid,omitempty"` // at the source: it survives a renaming
+	Stop    *Stop        `json:"-"`             // why the table does not take part; nil: it does
 }
 
 // FullName is "schema.table", the name on the wire and in definitions.

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -69,16 +70,20 @@ func covers(cols []Column, names []string) bool {
 // ErrNotSetUp is returned when the mirror has no tables or definitions yet.
 var ErrNotSetUp = errors.New("the mirror is not set up yet: waystage serve does it when it starts")
 
-// LoadTables reads the synced tables from the mirror, parents first.
+// LoadTables reads the synced tables from the mirror, parents first, stopped ones too.
 func LoadTables(ctx context.Context, q Querier) ([]*Table, error) {
-	rows, err := q.Query(ctx, "SELECT id, definition FROM waystage.synced_table ORDER BY rank, schema_name, table_name")
+	rows, err := q.Query(ctx, `SELECT id, definition, stopped_code, stopped_detail, stopped_at, stopped_position::text, coalesce(resync_from::text, '')
+		FROM waystage.synced_table ORDER BY rank, schema_name, table_name`)
 	if err != nil {
 		return nil, fmt.Errorf("load tables: %w", err)
 	}
 	tables, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (*Table, error) {
 		var id int
 		var def []byte
-		if err := row.Scan(&id, &def); err != nil {
+		var code, position *string
+		var at *time.Time
+		var stop Stop
+		if err := row.Scan(&id, &def, &code, &stop.Detail, &at, &position, &stop.Resync); err != nil {
 			return nil, err
 		}
 		t := &Table{}
@@ -86,6 +91,16 @@ func LoadTables(ctx context.Context, q Querier) ([]*Table, error) {
 			return nil, err
 		}
 		t.ID = id
+		if code != nil {
+			stop.Code = StopCode(*code)
+			if at != nil {
+				stop.At = *at
+			}
+			if position != nil {
+				stop.Position = *position
+			}
+			t.Stop = &stop
+		}
 		return t, nil
 	})
 	if err != nil {

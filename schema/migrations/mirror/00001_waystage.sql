@@ -17,8 +17,16 @@ CREATE TABLE waystage.synced_table (
     rank        int  NOT NULL DEFAULT 0,
     definition  jsonb NOT NULL,
     copied      boolean NOT NULL DEFAULT false,
+    -- A stopped table: its changes are not applied, devices' records for it wait (see docs/schema-changes.md).
+    stopped_code     text,                      -- null: it takes part
+    stopped_detail   text NOT NULL DEFAULT '',
+    stopped_at       timestamptz,
+    stopped_position pg_lsn,                    -- the source's position that the mirror stood at
+    resync_from      pg_lsn,                    -- a new copy of a stopped table shows the source up to here; later changes go to waystage.deferred
+    resync_emptied   boolean NOT NULL DEFAULT false, -- the table was truncated since
     UNIQUE (schema_name, table_name)
 );
+INSERT INTO waystage.meta (key, value) VALUES ('layout', '1'); -- counts the changes of synced tables; workers reload when it moves
 
 -- Subscription definitions; the highest version is in force.
 CREATE TABLE waystage.definition (
@@ -84,6 +92,8 @@ CREATE TABLE waystage.session (
     staged_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
     merged_at     timestamptz,
     replied_at    timestamptz,
+    told          pg_snapshot,                  -- what the reply's snapshot saw: verdicts whose stamp is in it were told
+    closed_at     timestamptz,                  -- when the device said, or showed, that it has applied the reply
     pages         int    NOT NULL DEFAULT 0,
     UNIQUE (incarnation, n)
 ) WITH (fillfactor = 80);
@@ -139,11 +149,66 @@ CREATE TABLE waystage.change (
     winner      text,                           -- who wrote what stood there: 'source' or 'user/device'
     created_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
     decided_at  timestamptz,
+    source_end  pg_lsn,                         -- applied: end of the source's transaction that has it
+    source_at   timestamptz,                    -- and when that was committed there
     UNIQUE (session_id, idx)
 ) WITH (fillfactor = 80);
 CREATE INDEX change_pending ON waystage.change (tbl, key, id) WHERE state = 'merged';
 CREATE INDEX change_verdict ON waystage.change (device_id, stamp);
 CREATE INDEX change_rejected ON waystage.change (id) WHERE state IN ('rejected', 'refused');
+CREATE INDEX change_rejected_stamp ON waystage.change (stamp) WHERE state IN ('rejected', 'refused');
+
+-- What operators did about rejected records. A retry names the record that it became: session and place in it.
+CREATE TABLE waystage.reject_action (
+    id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    record     bigint NOT NULL REFERENCES waystage.change ON DELETE CASCADE,
+    actor      text   NOT NULL,
+    action     text   NOT NULL CHECK (action IN ('retry', 'discard')),
+    note       text   NOT NULL DEFAULT '',
+    session_id bigint,
+    idx        int,
+    at         timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CHECK ((action = 'retry') = (session_id IS NOT NULL AND idx IS NOT NULL))
+);
+CREATE INDEX ON waystage.reject_action (record, id);
+CREATE INDEX ON waystage.reject_action (session_id, idx);
+
+-- The log of rejected records as operators see it. status: retried while the last retry stands (on its way or applied), discarded
+-- while the last action says so, superseded when the record is itself a retry, or when the same device has since got through
+-- a change of the same row and columns; else open.
+CREATE VIEW waystage.reject AS
+SELECT c.id, c.decided_at AS at, coalesce(d.user_name, '') AS user_name, coalesce(d.name, '') AS device_name,
+    c.incarnation || '-' || c.n AS token, c.session_id, c.idx, c.tbl, c.tname, c.key, c.op, c.state, c.stamp,
+    coalesce(c.code, '') AS code, coalesce(c.detail, '') AS detail, coalesce(c.constraint_name, '') AS constraint_name,
+    coalesce(c.winner, '') AS winner, c.base, c.img, c.old,
+    CASE
+        WHEN EXISTS (SELECT FROM waystage.reject_action a WHERE a.session_id = c.session_id AND a.idx = c.idx) THEN 'superseded'
+        WHEN last.action = 'discard' THEN 'discarded'
+        WHEN last.action = 'retry' AND coalesce(r.state, 'staged') NOT IN ('rejected', 'refused') THEN 'retried'
+        WHEN EXISTS (SELECT FROM waystage.change l WHERE l.device_id = c.device_id AND l.stamp > c.stamp AND l.id > c.id
+            AND l.tbl = c.tbl AND l.key = c.key AND l.state IN ('merged', 'applied')
+            AND (l.op = 'D' OR c.op <> 'D' AND l.img ?& ARRAY(SELECT jsonb_object_keys(c.img)))) THEN 'superseded'
+        ELSE 'open'
+    END AS status
+FROM waystage.change c
+LEFT JOIN waystage.device d ON d.id = c.device_id
+LEFT JOIN LATERAL (SELECT a.action, a.session_id, a.idx FROM waystage.reject_action a WHERE a.record = c.id ORDER BY a.id DESC LIMIT 1) last ON true
+LEFT JOIN waystage.change r ON r.session_id = last.session_id AND r.idx = last.idx
+WHERE c.state IN ('rejected', 'refused');
+
+-- Requests that were refused as a whole, of which nothing was staged: the last refusal of each session.
+CREATE TABLE waystage.refusal (
+    user_name   text NOT NULL,
+    device_name text NOT NULL,
+    token       text NOT NULL,
+    code        text NOT NULL,
+    message     text NOT NULL,
+    received_at timestamptz NOT NULL,
+    refused_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    times       int  NOT NULL DEFAULT 1,
+    PRIMARY KEY (user_name, device_name, token)
+);
+CREATE INDEX ON waystage.refusal (refused_at);
 
 -- Rule R2: the source's image of a key while changes of it are pending. No row: the source still has the old
 -- image of the key's first pending change.
@@ -154,6 +219,23 @@ CREATE TABLE waystage.base (
     writer text   NOT NULL CHECK (writer IN ('initial', 'own', 'foreign')),
     lw     text,                                -- incarnation of the image's author; null: the source
     mver   bigint NOT NULL DEFAULT 0,
+    PRIMARY KEY (tbl, key)
+);
+
+-- Merged records that wait because their table, or one that they depend on, is stopped. The up worker passes them and
+-- takes them up again, in the order of their ids, when the table goes on.
+CREATE TABLE waystage.parked (
+    change_id bigint PRIMARY KEY,
+    tbl       int NOT NULL
+);
+
+-- Changes of the source to a stopped table since the copy under way: the last image of each key. A column that is
+-- not in img did not change (an out-of-line value).
+CREATE TABLE waystage.deferred (
+    tbl      int    NOT NULL,
+    key      text[] NOT NULL,
+    img      jsonb,                             -- null: deleted
+    others  boolean NOT NULL,                  -- somebody else than the up worker wrote it
     PRIMARY KEY (tbl, key)
 );
 
@@ -174,9 +256,22 @@ CREATE TABLE waystage.progress (
     seq        bigint NOT NULL DEFAULT 0,       -- down: counts applied batches; up: the term, see apply.Up
     up_seq     bigint NOT NULL DEFAULT 0,       -- down only: last marker of the source's progress table that was seen
     rewind     boolean NOT NULL DEFAULT false,  -- the applier asks its capture to start again from position
-    committed_at timestamptz,                   -- commit time of the last applied transaction, for the lag in seconds
+    committed_at timestamptz,                   -- commit time of the transaction that ends at position; null: not known
+    system     text   NOT NULL DEFAULT '',      -- system identifier of the captured server, which position belongs to
+    timeline   int    NOT NULL DEFAULT 0,       -- and its timeline; written by capture, which checks both
     updated_at timestamptz NOT NULL DEFAULT now()
 ) WITH (fillfactor = 20);
+
+-- Why a part of the pipeline stands still until a person acts; taken back when it works again.
+CREATE TABLE waystage.trouble (
+    part    text PRIMARY KEY,                   -- stage: capture-down, apply-up ...
+    code    text NOT NULL,
+    detail  text NOT NULL,
+    remedy  text NOT NULL,
+    process text NOT NULL,                      -- who found it last
+    since   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    at      timestamptz NOT NULL DEFAULT clock_timestamp()
+);
 
 -- Cursor tokens that devices may hold: the confirmed one and those of replies on their way.
 CREATE TABLE waystage.cursor (
