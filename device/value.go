@@ -3,6 +3,7 @@ package device
 import (
 	"encoding/hex"
 	"math"
+	"math/bits"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -88,8 +89,8 @@ func toWire(k kind, v any) *string {
 }
 
 // fromWire gives what SQLite shall hold for a PostgreSQL text. It takes only what toWire gives back letter for
-// letter; anything else stays text, so that nothing is lost on the way. (SQLite's REAL columns turn minus zero into
-// zero all the same; as an unchanged column is not written at the server, it stays there.)
+// letter; anything else stays text, so that nothing is lost on the way. SQLite's REAL columns turn minus zero into zero,
+// also when it is a text: it is the blob x'2d30' there.
 func fromWire(k kind, s *string) any {
 	if s == nil {
 		return nil
@@ -109,6 +110,9 @@ func fromWire(k kind, s *string) any {
 	case kindFloat, kindFloat4:
 		if strings.TrimLeft(*s, "-0123456789.e+") != "" { // NaN and Infinity; ParseFloat would take hexadecimal too
 			break
+		}
+		if *s == "-0" {
+			return []byte(*s)
 		}
 		if f, err := strconv.ParseFloat(*s, 64); err == nil && formatFloat(f, k == kindFloat4) == *s {
 			return f
@@ -140,7 +144,19 @@ func formatFloat(f float64, single bool) string {
 		return "0"
 	}
 	sci := strconv.FormatFloat(f, 'e', -1, 64)
-	_, e, _ := strings.Cut(sci, "e")
+	if halfway(sci) {
+		// A text just between two numbers reads back as this one by rounding to even only. PostgreSQL does not count on
+		// that: it writes more digits.
+		for n := 0; n <= 17; n++ {
+			if s := strconv.FormatFloat(f, 'e', n, 64); !halfway(s) {
+				if g, err := strconv.ParseFloat(s, 64); err == nil && g == f {
+					sci = s
+					break
+				}
+			}
+		}
+	}
+	mantissa, e, _ := strings.Cut(sci, "e")
 	exp, _ := strconv.Atoi(e)
 	most := 15
 	if single {
@@ -149,7 +165,34 @@ func formatFloat(f float64, single bool) string {
 	if exp < -4 || exp >= most {
 		return sci
 	}
-	return strconv.FormatFloat(f, 'f', -1, 64)
+	digits := strings.Count(mantissa, "") - 1 - strings.Count(mantissa, "-") - strings.Count(mantissa, ".")
+	return strconv.FormatFloat(f, 'f', max(0, digits-1-exp), 64)
+}
+
+// halfway tells whether a number in scientific notation is exactly the middle of two neighbouring doubles: then its odd
+// part has 54 bits, one more than fit.
+func halfway(sci string) bool {
+	mantissa, e, _ := strings.Cut(strings.TrimLeft(sci, "-"), "e")
+	whole, fraction, _ := strings.Cut(mantissa, ".")
+	exp, _ := strconv.Atoi(e)
+	exp -= len(fraction)
+	q, err := strconv.ParseUint(whole+fraction, 10, 64)
+	if err != nil || q == 0 {
+		return false
+	}
+	for ; exp < 0; exp++ {
+		if q%5 != 0 { // not a fraction of powers of two
+			return false
+		}
+		q /= 5
+	}
+	for ; exp > 0; exp-- {
+		if q >>= bits.TrailingZeros64(q); q >= 1<<54 {
+			return false
+		}
+		q *= 5
+	}
+	return bits.Len64(q>>bits.TrailingZeros64(q)) == 54
 }
 
 // sameWire compares two values as the wire would carry them: what differs only in SQLite's storage is no edit.
