@@ -1,19 +1,15 @@
 package e2e
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
 	mathrand "math/rand/v2"
-	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -23,6 +19,7 @@ import (
 	"github.com/waystage/waystage/device"
 	"github.com/waystage/waystage/internal/nurse"
 	"github.com/waystage/waystage/protocol"
+	shared "github.com/waystage/waystage/test/world"
 )
 
 // EnvSeed repeats a run of the crash test with the same random choices; their timing stays the machine's.
@@ -52,7 +49,9 @@ func TestKilledAtRandomMoments(t *testing.T) {
 	t.Logf("to repeat: %s=%d", EnvSeed, seed)
 	w := newWorld(t, nurse.Size{Nurses: 4, Patients: 24, Records: 240})
 	s := newBinary(w)
-	s.start()
+	if err := s.run(); err != nil {
+		t.Fatalf("%v\n%s", err, s.process.Tail(60))
+	}
 	w.addUsers(3)
 	people := []nurse.Person{w.nurses[0], w.nurses[0], w.nurses[1], w.nurses[2]} // the first has two devices
 	devices := map[*device.Device]nurse.Person{}
@@ -84,7 +83,7 @@ func TestKilledAtRandomMoments(t *testing.T) {
 			if work.Err() != nil {
 				return nil
 			}
-			s.kill()
+			s.process.Kill()
 			pause(work, time.Duration(random.IntN(300))*time.Millisecond)
 			if err := s.run(); err != nil {
 				return err
@@ -94,13 +93,13 @@ func TestKilledAtRandomMoments(t *testing.T) {
 		return nil
 	})
 	if err := g.Wait(); err != nil {
-		t.Fatalf("%v\n%s", err, s.tail())
+		t.Fatalf("%v\n%s", err, s.process.Tail(60))
 	}
 
 	// Quiescence.
 	defer func() {
 		if t.Failed() {
-			t.Logf("the end of the server's log:\n%s", s.tail())
+			t.Logf("the end of the server's log:\n%s", s.process.Tail(60))
 		}
 	}()
 	w.settle(all...)
@@ -121,108 +120,31 @@ func TestKilledAtRandomMoments(t *testing.T) {
 	if applied == 0 || edits == 0 || o.edits == 0 {
 		t.Error("nothing happened: the test proves nothing")
 	}
-	s.stop()
+	if err := s.process.Stop(patience); err != nil {
+		t.Errorf("the server was asked to end: %v", err)
+	}
 }
 
 // binary is the real program, run as a child process.
 type binary struct {
 	w       *world
-	path    string
-	config  string
-	logPath string
-
-	mu  sync.Mutex
-	cmd *exec.Cmd
+	process *shared.Process
 }
 
 func newBinary(w *world) *binary {
-	s := &binary{w: w, path: filepath.Join(w.dir, "waystage"), logPath: filepath.Join(w.dir, "server.log")}
-	build := exec.Command("go", "build", "-o", s.path, "github.com/waystage/waystage/cmd/waystage")
-	if out, err := build.CombinedOutput(); err != nil {
-		w.t.Fatalf("build: %v\n%s", err, out)
-	}
-	s.config = w.configFile()
-	w.t.Cleanup(s.kill)
+	path := filepath.Join(w.dir, "waystage")
+	w.must(shared.Build(path, ""))
+	s := &binary{w: w, process: &shared.Process{Args: []string{path, "serve", "-c", w.configFile()}, Log: filepath.Join(w.dir, "server.log")}}
+	w.t.Cleanup(s.process.Kill)
 	return s
-}
-
-func (s *binary) start() {
-	s.w.t.Helper()
-	if err := s.run(); err != nil {
-		s.w.t.Fatalf("%v\n%s", err, s.tail())
-	}
 }
 
 // run starts the program and waits until it is ready.
 func (s *binary) run() error {
-	log, err := os.OpenFile(s.logPath, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
+	if err := s.process.Start(); err != nil {
 		return err
 	}
-	defer func() { _ = log.Close() }()
-	cmd := exec.Command(s.path, "serve", "-c", s.config)
-	cmd.Stdout, cmd.Stderr = log, log
-	if err := cmd.Start(); err != nil {
-		return err
-	}
-	s.mu.Lock()
-	s.cmd = cmd
-	s.mu.Unlock()
-	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		r, err := http.Get("http://" + s.w.config.Health.Listen + "/readyz")
-		if err != nil {
-			continue
-		}
-		_ = r.Body.Close()
-		if r.StatusCode == http.StatusOK {
-			return nil
-		}
-	}
-	return errors.New("the server does not get ready")
-}
-
-// kill ends the process as a power cut would.
-func (s *binary) kill() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.cmd != nil {
-		_ = s.cmd.Process.Kill()
-		_ = s.cmd.Wait()
-		s.cmd = nil
-	}
-}
-
-// stop ends the process in order, and checks that it says so.
-func (s *binary) stop() {
-	s.w.t.Helper()
-	s.mu.Lock()
-	cmd := s.cmd
-	s.cmd = nil
-	s.mu.Unlock()
-	if err := cmd.Process.Signal(os.Interrupt); err != nil {
-		s.w.t.Fatal(err)
-	}
-	done := make(chan error, 1)
-	go func() { done <- cmd.Wait() }()
-	select {
-	case err := <-done:
-		if err != nil {
-			s.w.t.Errorf("the server was asked to end and ended with %v", err)
-		}
-	case <-time.After(patience):
-		_ = cmd.Process.Kill()
-		s.w.t.Error("the server does not end")
-	}
-}
-
-// tail is the end of the server's log.
-func (s *binary) tail() string {
-	b, err := os.ReadFile(s.logPath)
-	if err != nil {
-		return err.Error()
-	}
-	lines := bytes.Split(b, []byte("\n"))
-	return string(bytes.Join(lines[max(0, len(lines)-60):], []byte("\n")))
+	return shared.Ready(s.w.config.Health.Listen, patience)
 }
 
 // user edits on a device at random, and syncs.

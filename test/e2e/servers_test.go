@@ -2,9 +2,7 @@ package e2e
 
 import (
 	"fmt"
-	"os"
 	"path/filepath"
-	"regexp"
 	"testing"
 	"time"
 
@@ -14,21 +12,14 @@ import (
 	"github.com/waystage/waystage/device"
 	"github.com/waystage/waystage/internal/nurse"
 	"github.com/waystage/waystage/protocol"
+	shared "github.com/waystage/waystage/test/world"
 )
 
 // externalBroker starts a stock NATS server with the configuration that `waystage init --nats` writes.
 func externalBroker(w *world) {
 	w.t.Helper()
-	dir := filepath.Join(w.dir, "broker")
-	if code := cmd.Main([]string{"init", "--nats", dir}, cmd.System()); code != 0 {
-		w.t.Fatalf("init --nats: exit code %d", code)
-	}
-	path := filepath.Join(dir, "nats-server.conf")
-	conf, err := os.ReadFile(path)
+	path, keys, err := shared.Broker(filepath.Join(w.dir, "broker"), w.nats)
 	w.must(err)
-	conf = regexp.MustCompile(`(?m)^listen: .*$`).ReplaceAll(conf, fmt.Appendf(nil, "listen: %q", w.nats))
-	conf = regexp.MustCompile(`(?m)^(\s*)store_dir: .*$`).ReplaceAll(conf, fmt.Appendf(nil, "${1}store_dir: %q", filepath.Join(dir, "store")))
-	w.must(os.WriteFile(path, conf, 0o600))
 	o, err := server.ProcessConfigFile(path)
 	w.must(err)
 	o.NoLog, o.NoSigs = true, true
@@ -43,7 +34,7 @@ func externalBroker(w *world) {
 		w.t.Fatal("the broker does not get ready")
 	}
 	w.config.NATS.External.URLs = []string{"nats://" + w.nats}
-	w.config.NATS.External.Credentials = filepath.Join(dir, "keys.json")
+	w.config.NATS.External.Credentials = keys
 }
 
 // TestTwoServersOnOneBroker runs two servers on a stock NATS server: devices are served by both, capture and apply are
@@ -144,13 +135,7 @@ func TestBlockingCutsTheConnection(t *testing.T) {
 // configFile writes the configuration for commands.
 func (w *world) configFile() string {
 	w.t.Helper()
-	c := w.config
 	path := filepath.Join(w.dir, "waystage.yaml")
-	nats := fmt.Sprintf("{embedded: {store: %q, listen: %q}}", c.NATS.Embedded.Store, c.NATS.Embedded.Listen)
-	if len(c.NATS.External.URLs) > 0 {
-		nats = fmt.Sprintf("{external: {urls: [%q], credentials_file: %q}}", c.NATS.External.URLs[0], c.NATS.External.Credentials)
-	}
-	w.must(os.WriteFile(path, fmt.Appendf(nil, "source: {dsn: %q}\nmirror: {dsn: %q}\ndefinitions: %q\nnats: %s\nhealth: {listen: %q}\nlog: {level: warn, format: json}\n",
-		c.Source.DSN, c.Mirror.DSN, c.Definitions, nats, c.Health.Listen), 0o600))
+	w.must(shared.WriteConfig(path, w.config))
 	return path
 }

@@ -5,20 +5,15 @@ package e2e
 import (
 	"context"
 	"database/sql"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest"
@@ -30,6 +25,7 @@ import (
 	"github.com/waystage/waystage/internal/registry"
 	"github.com/waystage/waystage/protocol"
 	"github.com/waystage/waystage/schema"
+	shared "github.com/waystage/waystage/test/world"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -58,6 +54,7 @@ func newWorld(t *testing.T, size nurse.Size) *world {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	t.Cleanup(cancel)
 	w := &world{t: t, ctx: ctx, size: size, nurses: nurse.Nurses(size.Nurses), dir: t.TempDir(), config: cmd.Defaults()}
+	w.config.Log.Level = "warn"
 	w.nats = freeAddress(t)
 	c := &w.config
 	c.Source.DSN, c.Mirror.DSN = pgtest.Source(t), pgtest.Mirror(t)
@@ -105,12 +102,11 @@ func (w *world) must(err error) {
 
 func freeAddress(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	address, err := shared.FreeAddress()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = l.Close() }()
-	return l.Addr().String()
+	return address
 }
 
 // serve runs a server in this process until the test ends or stop is called, and returns when devices can sync.
@@ -255,29 +251,29 @@ func (w *world) compare(devices map[*device.Device]nurse.Person) error {
 		return fmt.Errorf("definitions: %v", problems)
 	}
 	for _, t := range tables {
-		source, err := rowsOf(w.ctx, w.source, t, t.Columns, "", "")
+		source, err := shared.Rows(w.ctx, w.source, t, t.Columns, "")
 		if err != nil {
 			return err
 		}
-		mirror, err := rowsOf(w.ctx, w.mirror, t, t.Columns, "", "")
+		mirror, err := shared.Rows(w.ctx, w.mirror, t, t.Columns, "")
 		if err != nil {
 			return err
 		}
-		if d := difference(source, mirror); d != "" {
+		if d := shared.Difference(source, mirror); d != "" {
 			return fmt.Errorf("%s: source and mirror differ: %s", t.FullName(), d)
 		}
 		i := slices.IndexFunc(defs.Subscriptions, func(s *schema.Subscription) bool { return s.Table == t.FullName() })
 		columns, key := defs.Subscriptions[i].ColumnsOf(t), defs.Subscriptions[i].Key
 		for d, p := range devices {
-			want, err := rowsOf(w.ctx, w.mirror, t, columns, key, p.Login)
+			want, err := shared.Rows(w.ctx, w.mirror, t, columns, ofNurse(key, p.Login))
 			if err != nil {
 				return err
 			}
-			got, err := deviceRows(w.ctx, d, t, columns)
+			got, err := shared.DeviceRows(w.ctx, d.DB(), t, columns)
 			if err != nil {
 				return err
 			}
-			if diff := difference(want, got); diff != "" {
+			if diff := shared.Difference(want, got); diff != "" {
 				return fmt.Errorf("%s: mirror and %s's device differ: %s", t.FullName(), p.Login, diff)
 			}
 		}
@@ -285,108 +281,12 @@ func (w *world) compare(devices map[*device.Device]nurse.Person) error {
 	return nil
 }
 
-const mine = `(SELECT a.patient_id FROM vn.assignment a JOIN vn.nurse n ON n.id = a.nurse_id WHERE n.login = `
-
-// rowsOf reads a table as sorted lines of text, all of it or a nurse's part.
-func rowsOf(ctx context.Context, db *pgxpool.Pool, t *schema.Table, columns []schema.Column, key, login string) ([]string, error) {
-	var cols []string
-	for _, c := range columns {
-		cols = append(cols, schema.Quote(c.Name))
-	}
-	q := "SELECT " + strings.Join(cols, ", ") + " FROM " + t.Ident()
-	if key != "" {
-		q += " WHERE " + schema.Quote(key) + " IN " + mine + schema.Literal(login) + ")"
-	}
-	rows, err := db.Query(ctx, q, pgx.QueryExecModeSimpleProtocol)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	var out []string
-	for rows.Next() {
-		var line []string
-		for _, v := range rows.RawValues() {
-			if v == nil {
-				line = append(line, "null")
-			} else {
-				line = append(line, strconv.Quote(string(v)))
-			}
-		}
-		out = append(out, strings.Join(line, "|"))
-	}
-	slices.Sort(out)
-	return out, rows.Err()
-}
-
-// deviceRows reads the same of a device's file.
-func deviceRows(ctx context.Context, d *device.Device, t *schema.Table, columns []schema.Column) ([]string, error) {
-	var cols []string
-	for _, c := range columns {
-		cols = append(cols, schema.Quote(c.Name))
-	}
-	rows, err := d.DB().QueryContext(ctx, "SELECT "+strings.Join(cols, ", ")+" FROM "+schema.Quote(t.Name))
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = rows.Close() }()
-	var out []string
-	for rows.Next() {
-		values, into := make([]any, len(cols)), make([]any, len(cols))
-		for i := range values {
-			into[i] = &values[i]
-		}
-		if err := rows.Scan(into...); err != nil {
-			return nil, err
-		}
-		line := make([]string, len(cols))
-		for i, v := range values {
-			line[i] = asPostgres(columns[i].Type, v)
-		}
-		out = append(out, strings.Join(line, "|"))
-	}
-	slices.Sort(out)
-	return out, rows.Err()
-}
-
-// asPostgres writes a SQLite value as PostgreSQL does.
-func asPostgres(typ string, v any) string {
-	switch v := v.(type) {
-	case nil:
-		return "null"
-	case int64:
-		if typ == "boolean" {
-			return strconv.Quote(map[int64]string{0: "f", 1: "t"}[v])
-		}
-		return strconv.Quote(strconv.FormatInt(v, 10))
-	case []byte:
-		return strconv.Quote(`\x` + hex.EncodeToString(v))
-	default:
-		return strconv.Quote(fmt.Sprint(v))
-	}
-}
-
-// difference names the first lines that only one of two sorted lists has.
-func difference(a, b []string) string {
-	only := func(x, y []string) []string {
-		var out []string
-		for _, l := range x {
-			if _, found := slices.BinarySearch(y, l); !found {
-				out = append(out, l)
-			}
-		}
-		return out
-	}
-	left, right := only(a, b), only(b, a)
-	if len(left)+len(right) == 0 && len(a) == len(b) {
+// ofNurse is the condition for a nurse's part of a table with a subset key.
+func ofNurse(key, login string) string {
+	if key == "" {
 		return ""
 	}
-	first := func(l []string) string {
-		if len(l) == 0 {
-			return "-"
-		}
-		return l[0]
-	}
-	return fmt.Sprintf("%d and %d rows, %d and %d of them alone; first: %s and %s", len(a), len(b), len(left), len(right), first(left), first(right))
+	return schema.Quote(key) + " IN (SELECT a.patient_id FROM vn.assignment a JOIN vn.nurse n ON n.id = a.nurse_id WHERE n.login = " + schema.Literal(login) + ")"
 }
 
 // exec runs SQL on a device's file and checks that it changed one row.
