@@ -412,7 +412,7 @@ func (s *upSession) save(ctx context.Context, idle bool) error {
 		if !s.lastAt.IsZero() {
 			at = &s.lastAt
 		}
-		_, err := s.mirror.Exec(ctx, `UPDATE waystage.progress SET position = $1::text::pg_lsn, committed_at = coalesce($2, committed_at), updated_at = clock_timestamp()
+		_, err := s.mirror.Exec(ctx, `UPDATE waystage.progress SET position = $1::text::pg_lsn, committed_at = $2, updated_at = clock_timestamp()
 			WHERE direction = 'up' AND position < $1::text::pg_lsn`, s.position.String(), at)
 		if err != nil {
 			return fmt.Errorf("save progress: %w", err)

@@ -21,6 +21,7 @@ import (
 	"github.com/waystage/waystage/change"
 	"github.com/waystage/waystage/internal/leader"
 	"github.com/waystage/waystage/internal/pgerr"
+	"github.com/waystage/waystage/internal/trouble"
 	"github.com/waystage/waystage/schema"
 )
 
@@ -34,6 +35,7 @@ const (
 const (
 	DefaultMessageBytes = 256 << 10
 	DefaultIdleBytes    = 1 << 20
+	DefaultSilence      = time.Minute
 )
 
 // Config of a capture. Connection strings may name several hosts.
@@ -43,14 +45,20 @@ type Config struct {
 	Mirror       string // connection string of the mirror, which has waystage.progress
 	Slot         string
 	Publication  string
-	SystemID     string // the server's expected system identifier; empty: any
 	Queue        Publisher
 	Log          *zap.Logger
 	MessageBytes int        // a message's body is cut at this size; 0: DefaultMessageBytes
 	IdleBytes    change.LSN // log without anything for us is acknowledged when it exceeds this; 0: DefaultIdleBytes
+
+	// A connection on which nothing was heard for so long, although the server was asked to answer, is given up.
+	// 0: DefaultSilence.
+	Silence time.Duration
 }
 
 func (c *Config) application() string { return "waystage capture " + c.Direction }
+
+// part is the capture's name among the troubles.
+func (c *Config) part() string { return "capture-" + c.Direction }
 
 func (c *Config) seat() leader.Seat {
 	if c.Direction == Up {
@@ -76,6 +84,9 @@ func New(cfg Config) *Capture {
 	}
 	if cfg.IdleBytes <= 0 {
 		cfg.IdleBytes = DefaultIdleBytes
+	}
+	if cfg.Silence <= 0 {
+		cfg.Silence = DefaultSilence
 	}
 	return &Capture{cfg: cfg, log: cfg.Log.Named("capture").With(zap.String("direction", cfg.Direction))}
 }
@@ -112,6 +123,7 @@ func (c *Capture) Run(ctx context.Context) error {
 			}
 			if fatal := c.cfg.fatal(err); fatal != nil {
 				c.state.set("failed", fatal)
+				c.report(ctx, fatal)
 				return fatal
 			}
 			c.state.set("waiting", err)
@@ -136,6 +148,20 @@ func (c *Capture) Run(ctx context.Context) error {
 	})
 }
 
+// report notes in the mirror why the capture stands still, where every process and the operator can read it.
+func (c *Capture) report(ctx context.Context, e *Error) {
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.Silence)
+	defer cancel()
+	conn, err := schema.Connect(ctx, c.cfg.Mirror, c.cfg.application())
+	if err == nil {
+		err = trouble.Report(ctx, conn, trouble.Trouble{Part: c.cfg.part(), Code: string(e.Code), Detail: e.Detail, Remedy: e.Remedy})
+		closePg(conn.PgConn())
+	}
+	if err != nil {
+		c.log.Warn("the mirror could not be told why the capture stands still", zap.Error(err))
+	}
+}
+
 // evict ends a predecessor's walsender that the server has not given up yet. We hold the seat, so it is nobody's.
 func (c *Capture) evict(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
@@ -155,38 +181,52 @@ func (c *Capture) evict(ctx context.Context) {
 // session is one run: from the target's durable position until something breaks.
 func (c *Capture) session(ctx context.Context) error {
 	c.state.set("connecting", nil)
-	prog, err := openProgress(ctx, &c.cfg)
+	// Until the stream runs, every exchange is a short one: a server that does not answer is away.
+	begin, cancel := context.WithTimeout(ctx, 2*c.cfg.Silence)
+	defer cancel()
+	prog, err := openProgress(begin, &c.cfg)
 	if err != nil {
 		return err
 	}
 	defer prog.close()
-	durable, _, err := prog.read(ctx)
+	have, err := prog.standing(begin)
 	if err != nil {
 		return err
 	}
-	told, err := prog.told(ctx)
-	if err != nil {
-		return err
-	}
-	conn, in, h, err := dial(ctx, &c.cfg)
+	durable, told := have.position, have.told
+	conn, in, h, err := dial(begin, &c.cfg)
 	if err != nil {
 		return err
 	}
 	defer closePg(conn) // does nothing once the stream has taken the connection over
 	switch {
+	case have.system != "" && have.system != h.system:
+		return &Error{CodeSystem, fmt.Sprintf("the server's system identifier is %s, the target's position is of %s", h.system, have.system),
+			"Connect to the server that was set up, or copy everything anew with `waystage serve --recopy`"}
 	case durable > h.flushed:
-		return &Error{CodeServerBack, fmt.Sprintf("the target has everything up to %s, but the server's log ends at %s", durable, h.flushed), remedyResync}
+		return &Error{CodeServerBack, fmt.Sprintf("the target has everything up to %s, but the server's log ends at %s", durable, h.flushed), remedyBack}
 	case h.confirmed > max(durable, told):
 		return &Error{CodeSlotAhead, fmt.Sprintf("slot %q was moved to %s, the target has everything up to %s only", c.cfg.Slot, h.confirmed, durable), remedyResync}
+	}
+	if err := sameHistory(begin, conn, have, h); err != nil {
+		return err
+	}
+	if err := prog.belongs(begin, h); err != nil {
+		return err
 	}
 	// What the queue still holds of earlier runs will all be sent again.
 	if err := c.cfg.Queue.ResetChanges(ctx); err != nil {
 		return fmt.Errorf("reset the change data stream: %w", err)
 	}
-	if err := prog.rewound(ctx); err != nil {
+	begin, cancel = context.WithTimeout(ctx, 2*c.cfg.Silence)
+	defer cancel()
+	if err := prog.rewound(begin); err != nil {
 		return err
 	}
-	s, err := start(ctx, &c.cfg, conn, in)
+	if err := trouble.Clear(begin, prog.conn, c.cfg.part()); err != nil {
+		return err
+	}
+	s, err := start(begin, &c.cfg, conn, in)
 	if err != nil {
 		return err
 	}
@@ -197,6 +237,11 @@ func (c *Capture) session(ctx context.Context) error {
 	r := &run{c: c, s: s, prog: prog, pos: newPosition(durable), told: max(told, h.confirmed),
 		out: make(chan change.Message, queueDepth), targets: make(chan change.LSN, 1), tells: make(chan change.LSN, 1), noted: make(chan change.LSN, 1)}
 	r.group = newGrouper(hex.EncodeToString(id[:]), durable, c.cfg.MessageBytes, r.emit)
+	// The server will send the target's last transaction again, unless the slot was told of it: then it is the same server.
+	if h.confirmed < durable && have.committed != nil {
+		r.group.proof = have.committed
+		r.lastFlush = h.confirmed
+	}
 	c.log.Info("capturing", zap.String("slot", c.cfg.Slot), zap.Stringer("from", durable), zap.String("run", r.group.run), zap.Int32("timeline", h.timeline))
 	c.state.begin(r.group.run, durable)
 

@@ -341,9 +341,9 @@ func TestFatalTrouble(t *testing.T) {
 			t.Errorf("%s, want %s", err, code)
 		}
 	}
-	r.cfg.SystemID = "1"
+	r.exec(r.mirror, "UPDATE waystage.progress SET system = '1'")
 	expect(CodeSystem)
-	r.cfg.SystemID = ""
+	r.exec(r.mirror, "UPDATE waystage.progress SET system = ''")
 
 	r.exec(r.mirror, "UPDATE waystage.progress SET position = '7FFFFFFF/0'")
 	expect(CodeServerBack)

@@ -28,3 +28,6 @@ func (e *Error) Error() string {
 }
 
 const remedyResync = "Copy the tables anew: `waystage serve --recopy`; devices keep their changes"
+
+const remedyBack = "Was the server restored from a backup, or was a standby promoted that lacked its last transactions? " +
+	"Then copy the tables anew: `waystage serve --recopy`; devices keep their changes"

@@ -17,6 +17,7 @@ type grouper struct {
 	start change.LSN // the target had everything up to here when the run began; such transactions are skipped
 	size  int        // a body is cut at this many bytes
 	emit  func(change.Message) error
+	proof *time.Time // commit time of the transaction that ends at start, which must come again before anything new; nil: it has, or need not
 
 	seq  uint64
 	rels map[uint32][]byte // latest description of each relation, as the server sent it
@@ -60,6 +61,9 @@ func (g *grouper) add(frame []byte, pos *position) error {
 		if err != nil {
 			return err
 		}
+		if commit >= g.start && g.proof != nil {
+			return g.unproven(commit)
+		}
 		pos.begin()
 		g.inTx, g.skip = true, commit < g.start
 		g.begin = append(g.begin[:0], frame...)
@@ -73,6 +77,11 @@ func (g *grouper) add(frame []byte, pos *position) error {
 			return err
 		}
 		g.inTx = false
+		if g.skip {
+			if err := g.prove(end, at); err != nil {
+				return err
+			}
+		}
 		if g.skip || len(g.begin) > 0 {
 			pos.commit(end, true)
 			return nil

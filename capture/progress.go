@@ -47,6 +47,37 @@ func (p *progress) read(ctx context.Context) (pos change.LSN, rewind bool, err e
 	return pos, rewind, err
 }
 
+// standing is what the target has of which server, when a run begins.
+type standing struct {
+	position  change.LSN
+	committed *time.Time // commit time of the transaction that ends at position; nil: not known, or none was applied yet
+	system    string     // the server that position belongs to; empty: no run has begun yet
+	timeline  int32
+	told      change.LSN // what the slot may have been told beyond position
+}
+
+func (p *progress) standing(ctx context.Context) (s standing, err error) {
+	if s.position, _, err = p.read(ctx); err != nil {
+		return s, err
+	}
+	err = p.conn.QueryRow(ctx, "SELECT system, timeline, committed_at FROM waystage.progress WHERE direction = $1 AND position = $2::text::pg_lsn", p.direction, s.position.String()).
+		Scan(&s.system, &s.timeline, &s.committed)
+	if err != nil {
+		return s, fmt.Errorf("read what the target's position belongs to: %w", err) // it has just moved, at worst
+	}
+	s.told, err = p.told(ctx)
+	return s, err
+}
+
+// belongs notes which server and timeline the target's positions are of from now on.
+func (p *progress) belongs(ctx context.Context, h hello) error {
+	_, err := p.conn.Exec(ctx, "UPDATE waystage.progress SET system = $2, timeline = $3 WHERE direction = $1 AND (system, timeline) <> ($2, $3)", p.direction, h.system, h.timeline)
+	if err != nil {
+		return fmt.Errorf("note the server and its timeline: %w", err)
+	}
+	return nil
+}
+
 // rewound clears the applier's wish.
 func (p *progress) rewound(ctx context.Context) error {
 	_, err := p.conn.Exec(ctx, "UPDATE waystage.progress SET rewind = false WHERE direction = $1 AND rewind", p.direction)

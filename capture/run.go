@@ -2,6 +2,7 @@ package capture
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/waystage/waystage/change"
@@ -33,13 +34,15 @@ type run struct {
 	statusDue time.Time
 	lastFlush change.LSN // what the slot was told last
 	asked     bool       // the server wants an answer now
+	heard     time.Time  // when the server last sent something, or we had no time to listen
+	doubted   bool       // it was silent for long and has been asked to answer
 	beatDue   time.Time
 	beatWait  time.Duration
 }
 
 // read is the session's main loop: the only user of the replication connection.
 func (r *run) read() error {
-	r.statusDue = time.Now()
+	r.statusDue, r.heard = time.Now(), time.Now()
 	r.beat(true)
 	for {
 		if err := r.ctx.Err(); err != nil {
@@ -54,6 +57,9 @@ func (r *run) read() error {
 		}
 		kind, frame, end, reply, err := r.s.next(time.Now().Add(wait))
 		if err != nil {
+			return err
+		}
+		if err := r.listen(kind); err != nil {
 			return err
 		}
 		switch kind {
@@ -84,6 +90,22 @@ func (r *run) read() error {
 			}
 		}
 	}
+}
+
+// listen notices a connection that is dead without anybody having said so: the server is asked to answer, and then it
+// must. Left to the network this would take a quarter of an hour.
+func (r *run) listen(kind received) error {
+	if kind != gotNothing {
+		r.heard, r.doubted = time.Now(), false
+		return nil
+	}
+	switch silent := time.Since(r.heard); {
+	case silent > r.c.cfg.Silence:
+		return fmt.Errorf("replication stream: the server has not answered for %s", silent.Round(time.Millisecond))
+	case silent > r.c.cfg.Silence/2 && !r.doubted:
+		r.doubted, r.statusDue = true, time.Time{}
+	}
+	return nil
 }
 
 func (r *run) flush() error {
@@ -128,8 +150,11 @@ func (r *run) chores() error {
 		}
 		flush = max(r.pos.durable, min(flush, r.told))
 	}
+	if r.group.proof != nil { // whether this is the server whose log the target has is not known yet
+		flush = r.lastFlush
+	}
 	if r.asked || flush > r.lastFlush || now.After(r.statusDue) {
-		if err := r.s.status(max(r.pos.write(), flush), flush); err != nil {
+		if err := r.s.status(max(r.pos.write(), flush), flush, r.doubted); err != nil {
 			return err
 		}
 		r.lastFlush, r.asked, r.statusDue = flush, false, now.Add(r.s.every)
@@ -157,6 +182,7 @@ func (r *run) emit(m change.Message) error {
 	}
 	tick := time.NewTicker(readAtMost)
 	defer tick.Stop()
+	defer func() { r.heard = time.Now() }() // nobody listened meanwhile
 	for {
 		select {
 		case r.out <- m:
@@ -183,7 +209,7 @@ func (r *run) stalled() error {
 		return nil
 	}
 	flush := max(r.lastFlush, r.pos.durable)
-	if err := r.s.status(max(r.pos.write(), flush), flush); err != nil {
+	if err := r.s.status(max(r.pos.write(), flush), flush, false); err != nil {
 		return err
 	}
 	r.lastFlush, r.statusDue = flush, time.Now().Add(r.s.every)
@@ -205,8 +231,17 @@ func (r *run) leave(cause error) error {
 	}
 	r.pos.target(lsn)
 	flush := max(r.pos.durable, min(r.pos.flush(), r.told), r.lastFlush)
-	_ = r.s.status(max(r.pos.write(), flush), flush) // the stream is being left anyway
+	if r.group.proof == nil {
+		_ = r.s.status(max(r.pos.write(), flush), flush, false) // the stream is being left anyway
+	}
 	return cause
+}
+
+// bounded gives a short exchange with the mirror a limit: an answer that takes longer does not come.
+func (r *run) bounded(ctx context.Context, exchange func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, r.c.cfg.Silence)
+	defer cancel()
+	return exchange(ctx)
 }
 
 // poll reads the target's position and notes what the slot may be told.
@@ -217,7 +252,7 @@ func (r *run) poll(ctx context.Context) error {
 		case <-ctx.Done():
 			return ctx.Err()
 		case lsn := <-r.tells:
-			if err := r.prog.tell(ctx, lsn); err != nil {
+			if err := r.bounded(ctx, func(ctx context.Context) error { return r.prog.tell(ctx, lsn) }); err != nil {
 				return err
 			}
 			select {
@@ -228,7 +263,9 @@ func (r *run) poll(ctx context.Context) error {
 			continue
 		case <-time.After(every):
 		}
-		lsn, rewind, err := r.prog.read(ctx)
+		var lsn change.LSN
+		var rewind bool
+		err := r.bounded(ctx, func(ctx context.Context) (err error) { lsn, rewind, err = r.prog.read(ctx); return err })
 		if err != nil {
 			return err
 		}

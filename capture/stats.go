@@ -123,15 +123,18 @@ func (c *Capture) watch(ctx context.Context) error {
 			}
 		}
 		if conn != nil && !conn.IsClosed() {
-			var status string
+			var status, reason string
 			var retained int64
 			var safe *int64
-			err := conn.QueryRow(ctx, `SELECT coalesce(wal_status, ''), coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::bigint, safe_wal_size
-				FROM pg_replication_slots WHERE slot_name = $1`, c.cfg.Slot).Scan(&status, &retained, &safe)
+			look, cancel := context.WithTimeout(ctx, c.cfg.Silence)
+			err := conn.QueryRow(look, `SELECT coalesce(wal_status, ''), coalesce(to_jsonb(s)->>'invalidation_reason', ''),
+				coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::bigint, safe_wal_size
+				FROM pg_replication_slots s WHERE slot_name = $1`, c.cfg.Slot).Scan(&status, &reason, &retained, &safe)
+			cancel()
 			if err == nil {
 				c.state.with(func(st *Stats) { st.WALStatus, st.RetainedBytes, st.SafeBytes = status, retained, safe })
-				if status == "lost" {
-					return &Error{CodeSlotLost, fmt.Sprintf("slot %q is lost: the server removed log that it needed", c.cfg.Slot), remedyResync}
+				if lost := schema.SlotTrouble(status, reason); lost != "" {
+					return &Error{CodeSlotLost, fmt.Sprintf("slot %q %s", c.cfg.Slot, lost), remedyResync}
 				}
 				if low := safe != nil && *safe < warnSafe; low != warned {
 					warned = low

@@ -71,12 +71,16 @@ func (c *Config) inspect(ctx context.Context, conn *pgconn.PgConn) (hello, error
 		return h, fmt.Errorf("IDENTIFY_SYSTEM: %w", err)
 	}
 	h.system, h.timeline, h.flushed = sys.SystemID, sys.Timeline, change.LSN(sys.XLogPos)
-	if c.SystemID != "" && c.SystemID != h.system {
-		return h, &Error{CodeSystem, fmt.Sprintf("the server's system identifier is %s, expected %s", h.system, c.SystemID),
-			"Connect to the server that was set up, or copy everything anew with `waystage serve --recopy`"}
+	row, err := queryRow(ctx, conn, "SELECT pg_is_in_recovery()::text")
+	if err != nil {
+		return h, err
 	}
-	row, err := queryRow(ctx, conn, `SELECT plugin, coalesce(database, ''), (database = current_database())::text, coalesce(wal_status, ''),
-		coalesce(confirmed_flush_lsn::text, '0/0'), coalesce(restart_lsn::text, '') FROM pg_replication_slots WHERE slot_name = `+schema.Literal(c.Slot))
+	if row[0] == "true" {
+		return h, errors.New("the server is a standby: waiting until it is promoted, or the primary is there")
+	}
+	row, err = queryRow(ctx, conn, `SELECT plugin, coalesce(database, ''), (database = current_database())::text, coalesce(wal_status, ''),
+		coalesce(confirmed_flush_lsn::text, '0/0'), coalesce(restart_lsn::text, ''), coalesce(to_jsonb(s)->>'invalidation_reason', '')
+		FROM pg_replication_slots s WHERE slot_name = `+schema.Literal(c.Slot))
 	if err != nil {
 		return h, fmt.Errorf("read the slot: %w", err)
 	}
@@ -85,8 +89,10 @@ func (c *Config) inspect(ctx context.Context, conn *pgconn.PgConn) (hello, error
 		return h, &Error{CodeSlotMissing, fmt.Sprintf("there is no replication slot %q", c.Slot), remedyResync}
 	case row[0] != "pgoutput" || row[2] != "true":
 		return h, &Error{CodeSlotForeign, fmt.Sprintf("slot %q is of plugin %q in database %q", c.Slot, row[0], row[1]), "Drop that slot, or give Waystage another slot name"}
-	case row[3] == "lost" || row[5] == "":
-		return h, &Error{CodeSlotLost, fmt.Sprintf("slot %q is invalid (wal_status %q): the server removed log that it needed", c.Slot, row[3]), remedyResync}
+	case schema.SlotTrouble(row[3], row[6]) != "":
+		return h, &Error{CodeSlotLost, fmt.Sprintf("slot %q %s", c.Slot, schema.SlotTrouble(row[3], row[6])), remedyResync}
+	case row[5] == "":
+		return h, &Error{CodeSlotLost, fmt.Sprintf("slot %q is not usable: it keeps no log", c.Slot), remedyResync}
 	}
 	h.confirmed, err = change.ParseLSN(row[4])
 	return h, err
@@ -179,15 +185,20 @@ func (s *stream) next(deadline time.Time) (kind received, frame []byte, end chan
 	}
 }
 
-// status tells the server how far we are. All three positions are set: 0 would mean "the same as written".
-func (s *stream) status(write, flush change.LSN) error {
+// status tells the server how far we are. All three positions are set: 0 would mean "the same as written". ask: the server is
+// to answer at once.
+func (s *stream) status(write, flush change.LSN, ask bool) error {
 	b := s.buf[:0]
 	b = append(b, 'd', 0, 0, 0, 4+34, pglogrepl.StandbyStatusUpdateByteID)
 	b = binary.BigEndian.AppendUint64(b, uint64(write))
 	b = binary.BigEndian.AppendUint64(b, uint64(flush))
 	b = binary.BigEndian.AppendUint64(b, uint64(flush))
 	b = binary.BigEndian.AppendUint64(b, uint64(time.Since(time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)).Microseconds()))
-	b = append(b, 0)
+	if ask {
+		b = append(b, 1)
+	} else {
+		b = append(b, 0)
+	}
 	s.buf = b
 	if err := s.conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
 		return err
@@ -212,7 +223,7 @@ func (s *stream) close() {
 }
 
 // fatal finds the errors of the stream that retrying cannot mend.
-func (c *Config) fatal(err error) error {
+func (c *Config) fatal(err error) *Error {
 	var own *Error
 	switch {
 	case errors.As(err, &own):

@@ -80,16 +80,16 @@ func Preflight(ctx context.Context, sourceDSN, mirrorDSN string, tables []string
 // lookAtServer checks what both sides need of their server.
 func lookAtServer(ctx context.Context, c *pgx.Conn, f *findings, slot string) error {
 	var version, maxSlots, usedSlots, maxSenders, usedSenders int
-	var walLevel, keep, versionText string
+	var walLevel, keep, idle, versionText string
 	var standby, replication, exists bool
 	err := c.QueryRow(ctx, `SELECT current_setting('server_version_num')::int, current_setting('server_version'), current_setting('wal_level'), pg_is_in_recovery(),
 		current_setting('max_replication_slots')::int, (SELECT count(*) FROM pg_replication_slots),
 		current_setting('max_wal_senders')::int, (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'walsender'),
-		current_setting('max_slot_wal_keep_size'),
+		current_setting('max_slot_wal_keep_size'), coalesce(current_setting('idle_replication_slot_timeout', true), ''),
 		(SELECT rolreplication OR rolsuper FROM pg_roles WHERE rolname = current_user)
 			OR EXISTS (SELECT 1 FROM pg_roles r WHERE r.rolname IN ('rds_replication', 'rds_superuser', 'cloudsqlsuperuser', 'azure_pg_admin') AND pg_has_role(r.oid, 'member')),
 		EXISTS (SELECT 1 FROM pg_replication_slots WHERE slot_name = $1)`, slot).
-		Scan(&version, &versionText, &walLevel, &standby, &maxSlots, &usedSlots, &maxSenders, &usedSenders, &keep, &replication, &exists)
+		Scan(&version, &versionText, &walLevel, &standby, &maxSlots, &usedSlots, &maxSenders, &usedSenders, &keep, &idle, &replication, &exists)
 	if err != nil {
 		return err
 	}
@@ -119,6 +119,10 @@ func lookAtServer(ctx context.Context, c *pgx.Conn, f *findings, slot string) er
 		f.add(Warning, "max_slot_wal_keep_size", "ALTER SYSTEM SET max_slot_wal_keep_size = '20GB'; SELECT pg_reload_conf();",
 			"max_slot_wal_keep_size is unlimited: if Waystage is down for long, kept WAL can fill the disk")
 	}
+	if idle != "" && idle != "0" {
+		f.add(Warning, "idle_replication_slot_timeout", "ALTER SYSTEM SET idle_replication_slot_timeout = 0; SELECT pg_reload_conf(); max_slot_wal_keep_size bounds the disk already",
+			"idle_replication_slot_timeout is %s: if Waystage is down for longer, its slot is lost and everything must be copied anew", idle)
+	}
 	if !replication {
 		f.add(Failure, "replication", "ALTER ROLE "+Quote(c.Config().User)+" REPLICATION; (managed servers: GRANT rds_replication or the provider's role)", "role %s may not read the log", c.Config().User)
 	}
@@ -127,17 +131,18 @@ func lookAtServer(ctx context.Context, c *pgx.Conn, f *findings, slot string) er
 
 // lookAtSlot checks a slot that exists already.
 func lookAtSlot(ctx context.Context, c *pgx.Conn, f *findings, slot string) error {
-	var status, plugin string
+	var status, reason, plugin string
 	var retained int64
-	err := c.QueryRow(ctx, `SELECT coalesce(wal_status, ''), coalesce(plugin, ''), coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::bigint
-		FROM pg_replication_slots WHERE slot_name = $1 AND NOT pg_is_in_recovery()`, slot).Scan(&status, &plugin, &retained)
+	err := c.QueryRow(ctx, `SELECT coalesce(wal_status, ''), coalesce(to_jsonb(s)->>'invalidation_reason', ''), coalesce(plugin, ''),
+			CASE WHEN pg_is_in_recovery() THEN 0 ELSE coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0) END::bigint
+		FROM pg_replication_slots s WHERE slot_name = $1 AND NOT pg_is_in_recovery()`, slot).Scan(&status, &reason, &plugin, &retained)
 	switch {
 	case err == pgx.ErrNoRows:
 		return nil
 	case err != nil:
 		return err
-	case status == "lost":
-		f.add(Failure, "slot_lost", "waystage serve --recopy makes a new slot and copies the tables anew; unsent device changes stay", "slot %s is lost: the server removed WAL that was still needed (max_slot_wal_keep_size)", slot)
+	case SlotTrouble(status, reason) != "":
+		f.add(Failure, "slot_lost", "waystage serve --recopy makes a new slot and copies the tables anew; unsent device changes stay", "slot %s %s", slot, SlotTrouble(status, reason))
 	case plugin != "pgoutput":
 		f.add(Failure, "slot_plugin", "SELECT pg_drop_replication_slot("+Literal(slot)+"), if nothing else uses it", "slot %s belongs to plugin %q", slot, plugin)
 	default:

@@ -380,6 +380,7 @@ func (s *setup) reset(ctx context.Context) error {
 				detail = 'the mirror was copied anew before the source had answered; the device sends the record again' WHERE state = 'merged'`,
 			"UPDATE waystage.session SET state = 'closed' WHERE state <> 'closed'",
 			"DELETE FROM waystage.progress",
+			"DELETE FROM waystage.trouble",
 			"DELETE FROM waystage.meta WHERE key LIKE 'slot\\_told\\_%'",
 			"TRUNCATE waystage.staging, waystage.base, waystage.tombstone, waystage.cursor, waystage.keyset",
 		} {

@@ -185,17 +185,37 @@ func (s *setup) slotsStand(ctx context.Context) error {
 
 // slotLost says what has become of a slot, empty when it is good.
 func slotLost(ctx context.Context, q Querier, name string) (string, error) {
-	var status string
-	err := q.QueryRow(ctx, "SELECT coalesce(wal_status, 'lost') FROM pg_replication_slots WHERE slot_name = $1 AND database = current_database()", name).Scan(&status)
+	var status, reason string
+	err := q.QueryRow(ctx, "SELECT coalesce(wal_status, 'lost'), coalesce(to_jsonb(s)->>'invalidation_reason', '') FROM pg_replication_slots s WHERE slot_name = $1 AND database = current_database()", name).
+		Scan(&status, &reason)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		return "does not exist", nil
 	case err != nil:
 		return "", err
-	case status == "lost":
-		return "is lost (the server removed log that it still needed, see max_slot_wal_keep_size)", nil
 	}
-	return "", nil
+	return SlotTrouble(status, reason), nil
+}
+
+// SlotTrouble says why a slot cannot be read any more, from pg_replication_slots.wal_status and invalidation_reason (empty before
+// PostgreSQL 17); empty when it can.
+func SlotTrouble(status, reason string) string {
+	switch reason {
+	case "":
+		if status != "lost" {
+			return ""
+		}
+		return "is lost: the server removed log that it still needed (see max_slot_wal_keep_size)"
+	case "wal_removed":
+		return "is lost: the server removed log that it still needed (see max_slot_wal_keep_size)"
+	case "idle_timeout":
+		return "is lost: nobody read it for longer than the server's idle_replication_slot_timeout"
+	case "rows_removed":
+		return "is lost: the server removed rows of its catalog that it still needed"
+	case "wal_level_insufficient":
+		return "is lost: the server ran with a wal_level below logical"
+	}
+	return "is lost: " + reason
 }
 
 // member is a table in the source's publication.

@@ -22,14 +22,15 @@ var allowed = map[string][]string{
 	"schema":             {"protocol", "internal/pgerr"},
 	"internal/pgerr":     {"protocol"},
 	"internal/leader":    {},
+	"internal/trouble":   {},
 	"internal/registry":  {"protocol", "internal/pgerr"},
-	"internal/health":    {},
+	"internal/health":    {"internal/trouble"},
 	"internal/pgcluster": {},
 	"internal/nurse":     {"schema"},
 	"queue":              {"protocol", "change"},
 	"stages":             {"protocol", "schema", "conflict", "internal/pgerr", "internal/sabotage"},
-	"capture":            {"change", "schema", "internal/pgerr", "internal/leader", "internal/sabotage"},
-	"apply":              {"change", "schema", "conflict", "internal/pgerr", "internal/leader", "internal/sabotage"},
+	"capture":            {"change", "schema", "internal/pgerr", "internal/leader", "internal/trouble", "internal/sabotage"},
+	"apply":              {"change", "schema", "conflict", "internal/pgerr", "internal/leader", "internal/trouble", "internal/sabotage"},
 	"device":             {"protocol", "internal/sabotage"},
 }
 
