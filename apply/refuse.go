@@ -183,7 +183,8 @@ func (s *upSession) refuseLocked(ctx context.Context, tx pgx.Tx, c *upChange, wh
 		if err == nil && at.hasBase {
 			err = c.t.dropBases(ctx, tx, [][]string{c.key})
 		}
-	case !at.hasBase: // until now the first pending change's old image was the base
+	default: // without a row, the first pending change's old image was the base until now
+		base.refused = true
 		err = c.t.putBases(ctx, tx, []baseRow{base})
 	}
 	if err != nil {

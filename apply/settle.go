@@ -126,6 +126,8 @@ type baseRow struct {
 	img    image // nil: absent
 	writer conflict.Writer
 	by     author
+	// A change of the key was refused: those that are pending were made on top of it. Once written it stays.
+	refused bool
 }
 
 func (w *table) putBases(ctx context.Context, tx querier, rows []baseRow) error {
@@ -133,11 +135,11 @@ func (w *table) putBases(ctx context.Context, tx querier, rows []baseRow) error 
 		return nil
 	}
 	n := len(rows)
-	img, writer, lw, mver := make([]*string, n), make([]string, n), make([]*string, n), make([]int64, n)
+	img, writer, lw, mver, refused := make([]*string, n), make([]string, n), make([]*string, n), make([]int64, n), make([]bool, n)
 	for r, b := range rows {
-		img[r], writer[r], lw[r], mver[r] = w.json(b.img), writerName[b.writer], b.by.lw, b.by.mver
+		img[r], writer[r], lw[r], mver[r], refused[r] = w.json(b.img), writerName[b.writer], b.by.lw, b.by.mver, b.refused
 	}
-	args := append(w.keyArrays(n, func(r int) []string { return rows[r].key }), img, writer, lw, mver, w.ID)
+	args := append(w.keyArrays(n, func(r int) []string { return rows[r].key }), img, writer, lw, mver, refused, w.ID)
 	if _, err := tx.Exec(ctx, w.putBase, args...); err != nil {
 		return fmt.Errorf("write base of %s: %w", w.FullName(), err)
 	}
@@ -197,9 +199,10 @@ func (w *table) baseImages(ctx context.Context, tx querier, keys [][]string, fir
 	var img *string
 	var writer string
 	var by author
-	_, err = pgx.ForEachRow(rows, []any{&i, &img, &writer, &by.lw, &by.mver}, func() error {
+	var refused bool
+	_, err = pgx.ForEachRow(rows, []any{&i, &img, &writer, &by.lw, &by.mver, &refused}, func() error {
 		g, err := w.image(img)
-		out[i-1] = baseRow{key: keys[i-1], img: g, writer: writerOf[writer], by: by}
+		out[i-1] = baseRow{key: keys[i-1], img: g, writer: writerOf[writer], by: by, refused: refused}
 		return err
 	})
 	if err != nil {

@@ -21,7 +21,7 @@ type table struct {
 	settleRows string // columns, lw, mver
 	compare    string // columns: which rows are there, equal, and whose they are
 	dropBase   string // keys
-	putBase    string // keys, images, writers, lw, mver
+	putBase    string // keys, images, writers, lw, mver, refused
 	route      string // keys
 	images     string // keys, first changes
 	load       string // keys: mirror rows as jsonb
@@ -74,9 +74,9 @@ func newTable(t *schema.Table) (*table, error) {
 		w.unnest(all, 1, ordinality), t.Ident(), w.match())
 	key := w.keyArray("u")
 	w.dropBase = fmt.Sprintf("DELETE FROM waystage.base AS b USING %s WHERE b.tbl = $%d AND b.key = %s", w.unnest(w.keys, 1), k+1, key)
-	w.putBase = fmt.Sprintf(`INSERT INTO waystage.base (tbl, key, img, writer, lw, mver) SELECT $%d, %s, u.img, u.writer, u.lw, u.mver FROM %s
-		ON CONFLICT (tbl, key) DO UPDATE SET img = excluded.img, writer = excluded.writer, lw = excluded.lw, mver = excluded.mver`,
-		k+5, key, w.unnest(w.keys, 1, "img jsonb", "writer text", "lw text", "mver bigint"))
+	w.putBase = fmt.Sprintf(`INSERT INTO waystage.base AS b (tbl, key, img, writer, lw, mver, refused) SELECT $%d, %s, u.img, u.writer, u.lw, u.mver, u.refused FROM %s
+		ON CONFLICT (tbl, key) DO UPDATE SET img = excluded.img, writer = excluded.writer, lw = excluded.lw, mver = excluded.mver, refused = b.refused OR excluded.refused`,
+		k+6, key, w.unnest(w.keys, 1, "img jsonb", "writer text", "lw text", "mver bigint", "refused boolean"))
 	w.route = fmt.Sprintf(`SELECT u.i, coalesce(p.n, 0), coalesce(p.first, 0), b.tbl IS NOT NULL, coalesce(b.writer, 'initial')
 		FROM %s
 		LEFT JOIN LATERAL (SELECT count(*) AS n, min(c.id) AS first FROM waystage.change AS c
@@ -84,7 +84,7 @@ func newTable(t *schema.Table) (*table, error) {
 		LEFT JOIN waystage.base AS b ON b.tbl = $%[2]d AND b.key = %[3]s
 		WHERE p.n > 0 OR b.tbl IS NOT NULL`, w.unnest(w.keys, 1, ordinality), k+1, key)
 	w.images = fmt.Sprintf(`SELECT u.i, CASE WHEN b.tbl IS NULL THEN c.old ELSE b.img END::text, coalesce(b.writer, 'initial'),
-		CASE WHEN b.tbl IS NULL THEN c.old_lw ELSE b.lw END, coalesce(CASE WHEN b.tbl IS NULL THEN c.old_mver ELSE b.mver END, 0)
+		CASE WHEN b.tbl IS NULL THEN c.old_lw ELSE b.lw END, coalesce(CASE WHEN b.tbl IS NULL THEN c.old_mver ELSE b.mver END, 0), coalesce(b.refused, false)
 		FROM %s LEFT JOIN waystage.base AS b ON b.tbl = $%d AND b.key = %s LEFT JOIN waystage.change AS c ON c.id = u.first`,
 		w.unnest(w.keys, 1, "first bigint", ordinality), k+2, key)
 	w.load = fmt.Sprintf("SELECT jsonb_build_object(%s)::text FROM %s JOIN %s AS m ON %s", w.list(all, func(i int) string {

@@ -248,7 +248,7 @@ func (s *upSession) reconsider(ctx context.Context, c *upChange) (refused bool, 
 		c.rebases++
 		return false, nil
 	}
-	attempt, reason := conflict.Retry(base.writer, c.rebases)
+	attempt, reason := conflict.Retry(base.writer, base.refused, c.rebases)
 	if attempt == conflict.Rebase {
 		c.expect = c.t.json(base.img)
 		c.rebases++

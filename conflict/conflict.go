@@ -3,7 +3,7 @@
 // Its functions are pure and total: no I/O, no clock, no memory. The same functions run in production (merge, apply)
 // and in the exhaustive model that explores their interleavings (model_test.go), so what was proven is what runs.
 // The rules they implement, D3 and D11 (device and mirror), R2 to R4 (mirror and source), are explained in
-// docs/ARCHITECTURE.md.
+// docs/ARCHITECTURE.md; R8 (what stands and falls together) is in unit.go.
 package conflict
 
 import "github.com/waystage/waystage/internal/sabotage"
@@ -23,12 +23,13 @@ type Reason string
 
 // Reasons. Their texts are the protocol's codes.
 const (
-	None       Reason = ""
-	Stale      Reason = "stale_version"
-	RowDeleted Reason = "row_deleted"
-	RowExists  Reason = "row_exists"
-	Source     Reason = "source_conflict"
-	Dependency Reason = "dependency_rejected"
+	None        Reason = ""
+	Stale       Reason = "stale_version"
+	RowDeleted  Reason = "row_deleted"
+	RowExists   Reason = "row_exists"
+	Source      Reason = "source_conflict"
+	Dependency  Reason = "dependency_rejected"
+	Transaction Reason = "transaction_rejected"
 )
 
 // Facts are what rule D3 needs to know about one uploaded record and the mirror row of its key.
@@ -139,14 +140,17 @@ const (
 const MaxRebases = 8
 
 // Retry decides rule R4: only a foreign writer makes a conflict; our own (a trigger, a cascade, an earlier edit)
-// makes a new expectation. Initial means that the source never had the image that the record was made on: its
-// predecessor was refused.
-func Retry(w Writer, rebases int) (Attempt, Reason) {
+// makes a new expectation, unless a change that the record was made on top of was refused: then the record falls with it,
+// whoever wrote base (docs/adr/0006-on-top-of-a-refused-change.md). Initial without that means that the source has what
+// was expected, and yet the write had no effect.
+func Retry(w Writer, onRefused bool, rebases int) (Attempt, Reason) {
 	switch {
-	case w == Own && rebases < MaxRebases:
-		return Rebase, None
-	case w == Initial:
+	case w == Foreign:
+		return Refuse, Source
+	case onRefused || w == Initial:
 		return Refuse, Dependency
+	case rebases < MaxRebases:
+		return Rebase, None
 	default:
 		return Refuse, Source
 	}

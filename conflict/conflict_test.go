@@ -1,6 +1,7 @@
 package conflict
 
 import (
+	"slices"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -58,17 +59,126 @@ func TestMergeNeverOverwritesAnUnseenImage(t *testing.T) {
 
 func TestRetryRefusesOnlyConflicts(t *testing.T) {
 	for n := 0; n < MaxRebases; n++ {
-		if a, _ := Retry(Own, n); a != Rebase {
+		if a, _ := Retry(Own, false, n); a != Rebase {
 			t.Fatalf("our own writer made a conflict at attempt %d", n)
 		}
 	}
-	if a, r := Retry(Own, MaxRebases); a != Refuse || r != Source {
+	if a, r := Retry(Own, false, MaxRebases); a != Refuse || r != Source {
 		t.Error("rebasing is not bounded")
 	}
-	if a, r := Retry(Foreign, 0); a != Refuse || r != Source {
-		t.Error("a foreign writer is a conflict")
+	for _, on := range []bool{false, true} {
+		if a, r := Retry(Foreign, on, 0); a != Refuse || r != Source {
+			t.Error("a foreign writer is a conflict")
+		}
 	}
-	if a, r := Retry(Initial, 0); a != Refuse || r != Dependency {
-		t.Error("an expectation that the source never had comes from a refused predecessor")
+	for _, w := range []Writer{Initial, Own} {
+		if a, r := Retry(w, true, 0); a != Refuse || r != Dependency {
+			t.Errorf("a change on top of a refused one does not fall with it (writer %d)", w)
+		}
+	}
+}
+
+func TestFall(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		list []Member
+		want []Fallen
+	}{
+		{"nobody failed", []Member{{Unit: 1}, {Unit: 1, Refers: []int{0}}}, nil},
+		{"independent records stand", []Member{{Failed: true}, {}, {Unit: 1}}, nil},
+		{"a unit falls whole", []Member{{Unit: 1}, {Unit: 2}, {Unit: 1, Failed: true}, {Unit: 1}}, []Fallen{{0, 2, Transaction}, {3, 2, Transaction}}},
+		{"who refers to a failed insert falls, and who refers to that", []Member{{Refers: []int{1}}, {Refers: []int{2}}, {Failed: true}}, []Fallen{{1, 2, Dependency}, {0, 1, Dependency}}},
+		{"a dependent takes its unit along", []Member{{Failed: true}, {Unit: 7, Refers: []int{0}}, {Unit: 7}, {Refers: []int{2}}, {Unit: 8}},
+			[]Fallen{{1, 0, Dependency}, {2, 1, Transaction}, {3, 2, Dependency}}},
+		{"who failed by itself does not fall", []Member{{Failed: true}, {Failed: true, Refers: []int{0}}}, nil},
+	} {
+		if got := Fall(c.list); !slices.Equal(got, c.want) {
+			t.Errorf("%s: %v, want %v", c.name, got, c.want)
+		}
+	}
+}
+
+// What stands after Fall has no cause to fall, and what fell has one.
+func TestFallIsTheLeastClosure(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		n := rapid.IntRange(0, 12).Draw(t, "n")
+		list := make([]Member, n)
+		for i := range list {
+			list[i] = Member{Unit: rapid.Int64Range(0, 3).Draw(t, "unit"), Failed: rapid.IntRange(0, 3).Draw(t, "failed") == 0,
+				Refers: rapid.SliceOfN(rapid.IntRange(0, n-1), 0, 2).Draw(t, "refers")}
+		}
+		down := make([]bool, n)
+		for i, m := range list {
+			down[i] = m.Failed
+		}
+		for _, f := range Fall(list) {
+			if down[f.Member] || !down[f.With] {
+				t.Fatalf("%v: named twice, or falls with one that stands", f)
+			}
+			m := list[f.Member]
+			if cause := f.Reason == Dependency && slices.Contains(m.Refers, f.With) || f.Reason == Transaction && m.Unit != 0 && m.Unit == list[f.With].Unit; !cause {
+				t.Fatalf("%v has no cause", f)
+			}
+			down[f.Member] = true
+		}
+		for i, m := range list {
+			for j, o := range list {
+				if !down[i] && down[j] && (m.Unit != 0 && m.Unit == o.Unit || slices.Contains(m.Refers, j)) {
+					t.Fatalf("%d stands although %d fell", i, j)
+				}
+			}
+		}
+	})
+}
+
+func TestOrderKeepsUnitsTogetherAndNeedsFirst(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		n := rapid.IntRange(1, 12).Draw(t, "n")
+		units, after := make([]int64, n), make([][]int, n)
+		for i := range n {
+			units[i] = rapid.Int64Range(0, 3).Draw(t, "unit")
+			after[i] = rapid.SliceOfN(rapid.IntRange(0, n-1), 0, 2).Draw(t, "after")
+		}
+		place := make([]int, n)
+		for i := range place {
+			place[i] = -1
+		}
+		order := Order(units, after)
+		for p, part := range order {
+			for _, i := range part {
+				if place[i] >= 0 {
+					t.Fatalf("%d comes twice in %v", i, order)
+				}
+				place[i] = p
+			}
+		}
+		// need[i][j]: i needs j, by a chain.
+		need := make([][]bool, n)
+		for i := range n {
+			need[i] = make([]bool, n)
+			for j := range n {
+				need[i][j] = i == j || units[i] != 0 && units[i] == units[j] || slices.Contains(after[i], j)
+			}
+		}
+		for k := range n {
+			for i := range n {
+				for j := range n {
+					need[i][j] = need[i][j] || need[i][k] && need[k][j]
+				}
+			}
+		}
+		for i := range n {
+			for j := range n {
+				if need[i][j] && place[j] > place[i] {
+					t.Fatalf("%d needs %d, which comes later in %v", i, j, order)
+				}
+				if together := place[i] == place[j]; together != (need[i][j] && need[j][i]) {
+					t.Fatalf("%d and %d: together %v in %v", i, j, together, order)
+				}
+			}
+		}
+	})
+	if got := Order([]int64{0, 0, 0}, [][]int{nil, {2}, nil}); !slices.EqualFunc(got, [][]int{{0}, {2}, {1}}, slices.Equal[[]int]) {
+		t.Errorf("order %v", got)
 	}
 }

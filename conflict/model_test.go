@@ -31,10 +31,11 @@ type mEvent struct {
 }
 
 type mBase struct {
-	has    bool
-	val    int8
-	seen   int8
-	writer Writer
+	has     bool
+	val     int8
+	seen    int8
+	writer  Writer
+	refused bool // a change of the key was refused while others were pending
 }
 
 type mState struct {
@@ -91,6 +92,7 @@ func (s *mState) settle(rec int8, accepted bool) {
 	k := s.changes[rec-1].key
 	s.pending[k] &^= 1 << rec
 	if Route(popcount(s.pending[k])) {
+		s.base[k].refused = s.base[k].refused || !accepted
 		return
 	}
 	b := s.base[k]
@@ -116,7 +118,7 @@ func (sc mScope) merge(s *mState, key, val int8) {
 	s.merged++
 	s.changes[s.merged-1] = mChange{key, s.mirror[key], val, s.seen[key]}
 	if !s.base[key].has {
-		s.base[key] = mBase{true, s.mirror[key], s.seen[key], Initial}
+		s.base[key] = mBase{has: true, val: s.mirror[key], seen: s.seen[key]}
 	}
 	s.pending[key] |= 1 << s.merged
 	s.mirror[key] = val
@@ -179,7 +181,7 @@ func (sc mScope) next(s mState) (out []mStep) {
 		case s.logLen > 0: // rule R4: down has not passed the failure yet, up waits
 		default:
 			t := s
-			if a, _ := Retry(s.base[c.key].writer, int(s.rebases)); a == Rebase {
+			if a, _ := Retry(s.base[c.key].writer, s.base[c.key].refused, int(s.rebases)); a == Rebase {
 				t.rebases++
 				t.expect = s.base[c.key].val
 				add(fmt.Sprintf("up rebases %d", rec), t)
@@ -206,7 +208,7 @@ func (sc mScope) next(s mState) (out []mStep) {
 				t.mirror[k], t.seen[k] = e.vals[i], e.fw[i]
 				continue
 			}
-			t.base[k] = mBase{true, e.vals[i], e.fw[i], t.base[k].writer.After(e.own > 0)}
+			t.base[k] = mBase{true, e.vals[i], e.fw[i], t.base[k].writer.After(e.own > 0), t.base[k].refused}
 		}
 		if e.own > 0 {
 			t.settle(e.own, true)

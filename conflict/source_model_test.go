@@ -10,7 +10,8 @@ import (
 // The model of model_test.go with what goes wrong in life: the up worker dies at any point, its memory is lost and another
 // begins; or it is only thought dead, and goes on beside the other; down is given a transaction again; foreign
 // transactions delete a key and use it again; the source has a foreign key from key 1 (child) to key 0 (parent), which the
-// mirror has not; several records travel in one source transaction.
+// mirror has not; several records travel in one source transaction; two records of a session are an atomic unit (rule R8); a
+// record refers to a row that a pending insert made.
 //
 // A new up worker moves the source's progress counter, writes what it then is to the mirror as its term, if no higher one
 // stands there, waits until down has passed the counter's move, and begins with the first record, skipping what has its
@@ -19,8 +20,9 @@ import (
 // records of one session are tried in the order in which one statement after the other could write them.
 //
 // Checked in every state: no record is applied twice, or both applied and refused; no record overwrites a foreign image that its
-// author had not seen; no record is refused without a cause. Where nothing moves by itself any more: mirror == source, and
-// nothing is pending.
+// author had not seen; no record is refused without a cause; none is applied on top of a refused one, or on a stranger's row in
+// the place of a refused insert's; a unit's records have one fate. Where nothing moves by itself any more: mirror == source,
+// and nothing is pending.
 
 const (
 	parent int8 = 0
@@ -39,6 +41,11 @@ type sRules struct {
 	expectsLater   bool // a rebased record expects base as it is when it is tried
 	ignoresPending bool // R2: down writes the mirror row although changes are pending
 	unsorted       bool // parent's deletes come before the child's
+	rebasesAll     bool // R4: a record on top of a refused one is rebased when base's writer is our own
+	forgetsParents bool // R8: nobody remembers refused inserts
+	splitsUnits    bool // R8: a unit's records are applied one by one
+	refusesAlone   bool // R8: a refusal is of the one record of its unit
+	comparesLate   bool // R8: a unit compares each record's expectation when it writes it
 }
 
 type sScope struct {
@@ -46,6 +53,7 @@ type sScope struct {
 	start         [2]int8
 	sessions, fwr int8
 	pairs         bool // sessions may have a record of each key
+	atomic        bool // and these are an atomic unit
 	values        []int8
 	lawful        bool // devices keep the foreign key in what they see
 	restarts      int8 // up workers that die, or are thought dead
@@ -62,6 +70,8 @@ type sChange struct {
 	key      int8
 	old, new int8
 	seen     int8 // foreign writes of the key that the mirror row held
+	unit     int8 // 0: none
+	refers   int8 // the pending insert whose row it refers to; 0: none
 }
 
 // sEvent is one transaction of the source's log.
@@ -87,12 +97,18 @@ const (
 
 type sWorker struct {
 	phase         sPhase
-	next          int8 // records before it are done with
-	wait          int8 // transactions that down must take first
-	rebases       int8
-	expect        int8 // base when the rebasing was decided
-	expectSeen    int8 // foreign writes that it held
+	next          int8    // records before it are done with
+	wait          int8    // transactions that down must take first
+	failed        int8    // the record that missed or was refused
+	rebases       [2]int8 // of the next record and of the one with it in its unit
+	expect        [2]int8 // base when the rebasing was decided
+	expectSeen    [2]int8 // foreign writes that it held
 	counter, term int8
+}
+
+// done goes on behind a record.
+func (w *sWorker) done(rec int8) {
+	*w = sWorker{phase: running, next: rec, counter: w.counter, term: w.term}
 }
 
 type sState struct {
@@ -114,13 +130,16 @@ type sState struct {
 }
 
 var sBad = []string{"", "DOUBLE: a record was applied twice", "TWO VERDICTS: a record was applied and refused",
-	"OVERWRITE: a record replaced a foreign image that its author had not seen", "FALSE REFUSAL: nothing stood against the record"}
+	"OVERWRITE: a record replaced a foreign image that its author had not seen", "FALSE REFUSAL: nothing stood against the record",
+	"ON TOP: a record was applied on top of a refused one", "HUNG: a record was applied although the insert that it refers to was refused"}
 
 const (
 	bDouble uint8 = 1 + iota
 	bTwo
 	bOverwrite
 	bFalse
+	bOnTop
+	bHung
 )
 
 func (s *sState) fail(b uint8) {
@@ -232,9 +251,20 @@ func (sc *sScope) users(s sState, step func(to sState, what string, args ...any)
 			}
 			t.merged++
 			k := r[0]
-			t.changes[t.merged-1] = sChange{k, t.mirror[k], r[1], t.seen[k]}
+			c := sChange{key: k, old: t.mirror[k], new: r[1], seen: t.seen[k]}
+			if sc.atomic && len(recs) > 1 {
+				c.unit = t.locals
+			}
+			if sc.foreignKey && k == child && c.new != absent && t.mirror[parent] != absent {
+				for p := int8(1); p < t.merged; p++ {
+					if x := t.changes[p-1]; x.key == parent && x.old == absent && t.isPending(p) {
+						c.refers = p
+					}
+				}
+			}
+			t.changes[t.merged-1] = c
 			if !t.base[k].has {
-				t.base[k] = mBase{true, t.mirror[k], t.seen[k], Initial}
+				t.base[k] = mBase{has: true, val: t.mirror[k], seen: t.seen[k]}
 			}
 			t.pending[k] |= 1 << t.merged
 			t.mirror[k] = r[1]
@@ -346,7 +376,10 @@ func (sc *sScope) worker(s sState, i int, step func(to sState, what string, args
 		}
 		return
 	}
-	c := s.changes[rec-1]
+	last := s.unitEnd(rec)
+	if sc.splitsUnits {
+		last = rec
+	}
 	if w.phase == refusing || w.phase == missed {
 		if w.phase == missed && w.wait > 0 && !sc.impatient {
 			return
@@ -355,17 +388,19 @@ func (sc *sScope) worker(s sState, i int, step func(to sState, what string, args
 			stop("another term")
 			return
 		}
-		if !s.isPending(rec) {
-			me.next, me.phase, me.rebases, me.expect, me.expectSeen = rec, running, 0, 0, 0
+		if !s.isPending(w.failed) {
+			me.done(last)
 			step(t, "skips %d", rec)
 			return
 		}
+		c := s.changes[w.failed-1]
 		if w.phase == missed {
-			a, why := Retry(s.base[c.key].writer, int(w.rebases))
+			j := w.failed - rec
+			a, why := Retry(s.base[c.key].writer, s.base[c.key].refused && !sc.rebasesAll, int(w.rebases[j]))
 			if a == Rebase {
-				me.rebases++
-				me.expect, me.expectSeen, me.phase = s.base[c.key].val, s.base[c.key].seen, running
-				step(t, "rebases %d", rec)
+				me.rebases[j]++
+				me.expect[j], me.expectSeen[j], me.phase = s.base[c.key].val, s.base[c.key].seen, running
+				step(t, "rebases %d", w.failed)
 				return
 			}
 			caused := why == Source && s.writes[c.key] != c.seen
@@ -376,19 +411,22 @@ func (sc *sScope) worker(s sState, i int, step func(to sState, what string, args
 				t.fail(bFalse)
 			}
 		}
-		me.next, me.phase, me.rebases, me.expect, me.expectSeen, me.wait = rec, running, 0, 0, 0, 0
-		if s.applied&(1<<rec) != 0 {
-			t.fail(bTwo)
-		}
-		t.refused |= 1 << rec
-		sc.settle(&t, rec, false)
-		step(t, "refuses %d", rec)
+		sc.refuse(&t, rec, last, w.failed)
+		me.done(last)
+		step(t, "refuses %d of %d to %d", w.failed, rec, last)
 		return
 	}
 	if !s.isPending(rec) { // it has its verdict
-		me.next, me.rebases, me.expect, me.expectSeen = rec, 0, 0, 0
+		me.done(last)
 		step(t, "skips %d", rec)
 		return
+	}
+	for n := rec; n <= last; n++ {
+		if r := s.changes[n-1].refers; r > 0 && s.refused&(1<<r) != 0 && !sc.forgetsParents {
+			me.phase, me.failed = refusing, n
+			step(t, "sees that %d refers to the refused %d", n, r)
+			return
+		}
 	}
 	if w.counter != s.counter && !sc.noCounter {
 		stop("another counter")
@@ -398,41 +436,61 @@ func (sc *sScope) worker(s sState, i int, step func(to sState, what string, args
 		return
 	}
 	if sc.refuses {
-		x := t
-		x.up[i].phase = refusing
-		step(x, "has %d refused by the source", rec)
+		for n := rec; n <= last; n++ {
+			x := t
+			x.up[i].phase, x.up[i].failed = refusing, n
+			step(x, "has %d refused by the source", n)
+		}
 	}
-	// The records of one or two changes in one transaction: all of them hit, or the first is tried alone.
+	// One record or unit, or two records, in one transaction: all of them hit, or the first is tried alone.
 	var e sEvent
-	for n := rec; n <= min(rec+1, s.merged); n++ {
+	for n := rec; n <= max(last, min(rec+1, s.merged)); n++ {
 		c := s.changes[n-1]
-		expected, seen := c.old, c.seen
-		if n == rec && w.rebases > 0 {
-			expected, seen = w.expect, w.expectSeen
+		if n > last && (s.unitEnd(n) != n || c.refers > 0 && s.refused&(1<<c.refers) != 0) {
+			return
+		}
+		expected, seen, rebased := c.old, c.seen, false
+		if j := n - rec; n <= last && w.rebases[j] > 0 {
+			expected, seen, rebased = w.expect[j], w.expectSeen[j], true
 			if sc.expectsLater {
 				expected, seen = s.base[c.key].val, s.base[c.key].seen
 			}
 		}
-		hit := t.source[c.key] == expected || c.new == absent && t.source[c.key] == absent
+		stands := t.source[c.key]
+		if n <= last && !sc.comparesLate { // a unit compares all that it expects, and locks it, before it writes: what differs then is its own doing
+			stands = s.source[c.key]
+		}
+		hit := stands == expected || c.new == absent && stands == absent
 		forbidden := hit && t.source[c.key] != c.new && sc.breaks(t.source, c.key, c.new)
-		if n > rec && (!hit || forbidden || !s.isPending(n)) {
+		if n > last && (!hit || forbidden || !s.isPending(n)) {
 			return
 		}
-		if forbidden {
-			if s.foreigns == 0 && s.refused == 0 && sc.lawful {
-				t.fail(bFalse)
+		t := &t
+		if forbidden || !hit {
+			x := s
+			x.bad = t.bad
+			me := &x.up[i]
+			me.failed = n
+			if forbidden {
+				if s.foreigns == 0 && s.refused == 0 && sc.lawful {
+					x.fail(bFalse)
+				}
+				me.phase = refusing
+				step(x, "has %d refused by the foreign key", n)
+				return
 			}
-			me.phase = refusing
-			step(t, "has %d refused by the foreign key", n)
-			return
-		}
-		if !hit {
 			me.phase, me.wait = missed, s.logLen
-			step(t, "misses %d", n)
+			step(x, "misses %d", n)
 			return
 		}
 		if expected != c.old && expected != absent && seen != c.seen {
 			t.fail(bOverwrite)
+		}
+		if rebased && expected != c.old && c.new != absent && s.base[c.key].refused {
+			t.fail(bOnTop)
+		}
+		if c.refers > 0 && t.refused&(1<<c.refers) != 0 {
+			t.fail(bHung)
 		}
 		if t.applied&(1<<n) != 0 {
 			t.fail(bDouble)
@@ -441,12 +499,45 @@ func (sc *sScope) worker(s sState, i int, step func(to sState, what string, args
 			t.fail(bTwo)
 		}
 		e.own |= 1 << n
-		sc.write(&t, &e, c.key, c.new)
+		sc.write(t, &e, c.key, c.new)
 		t.applied |= 1 << n
-		me.next, me.rebases, me.expect, me.expectSeen = n, 0, 0, 0
-		x := t
+		if n < last {
+			continue
+		}
+		t.up[i].done(n)
+		x := *t
 		x.commit(e)
 		step(x, "applies %d to %d", rec, n)
+	}
+}
+
+// unitEnd is the last record of the unit that begins with rec.
+func (s *sState) unitEnd(rec int8) int8 {
+	u := s.changes[rec-1].unit
+	for u != 0 && rec < s.merged && s.changes[rec].unit == u {
+		rec++
+	}
+	return rec
+}
+
+// refuse gives a record its verdict, and with it those of its unit that fall.
+func (sc *sScope) refuse(s *sState, first, last, failed int8) {
+	var list []Member
+	for n := first; n <= last; n++ {
+		list = append(list, Member{Unit: int64(s.changes[n-1].unit), Failed: n == failed})
+	}
+	down := []int8{failed}
+	for _, f := range Fall(list) {
+		if !sc.refusesAlone {
+			down = append(down, first+int8(f.Member))
+		}
+	}
+	for _, n := range down {
+		if s.applied&(1<<n) != 0 {
+			s.fail(bTwo)
+		}
+		s.refused |= 1 << n
+		sc.settle(s, n, false)
 	}
 }
 
@@ -462,7 +553,7 @@ func (sc *sScope) down(s *sState, e sEvent) {
 		if sc.lastWriter && e.own != 0 {
 			w = Own
 		}
-		s.base[k] = mBase{true, e.vals[i], e.fw[i], w}
+		s.base[k] = mBase{true, e.vals[i], e.fw[i], w, s.base[k].refused}
 	}
 	for rec := int8(1); rec <= s.merged; rec++ {
 		if e.own&(1<<rec) != 0 && s.isPending(rec) {
@@ -475,6 +566,7 @@ func (sc *sScope) settle(s *sState, rec int8, accepted bool) {
 	k := s.changes[rec-1].key
 	s.pending[k] &^= 1 << rec
 	if Route(popcount(s.pending[k])) {
+		s.base[k].refused = s.base[k].refused || !accepted
 		return
 	}
 	b := s.base[k]
@@ -486,6 +578,12 @@ func (sc *sScope) settle(s *sState, rec int8, accepted bool) {
 
 // check names what is wrong with a state; still says that nothing moves by itself any more.
 func (sc *sScope) check(s sState, still bool) string {
+	for rec := int8(1); rec <= s.merged; rec = s.unitEnd(rec) + 1 {
+		whole := uint8(1<<(s.unitEnd(rec)+1) - 1<<rec)
+		if a, r := s.applied&whole, s.refused&whole; a != 0 && a != whole || r != 0 && r != whole {
+			return fmt.Sprintf("SPLIT: of the records of a unit (%b) %b are applied and %b refused", whole, a, r)
+		}
+	}
 	switch {
 	case s.bad != 0:
 		return sBad[s.bad]
@@ -550,6 +648,17 @@ var sourceScopes = []sScope{
 	{name: "foreign key, lawful devices", start: [2]int8{absent, absent}, sessions: 4, fwr: 1, values: []int8{1, absent}, pairs: true, foreignKey: true, lawful: true},
 	{name: "foreign key, up restarts, key re-use", start: [2]int8{absent, absent}, sessions: 2, fwr: 2, values: []int8{1, absent}, pairs: true, foreignKey: true,
 		restarts: 1, reuse: true},
+	{name: "units", sessions: 2, fwr: 2, values: []int8{1, absent}, pairs: true, atomic: true},
+	{name: "units, trigger", sessions: 2, fwr: 1, values: []int8{1, absent}, pairs: true, atomic: true, trigger: true},
+	{name: "units, refusals", sessions: 2, fwr: 1, values: []int8{1, absent}, pairs: true, atomic: true, refuses: true},
+	{name: "units, trigger and refusals, up restarts", sessions: 2, fwr: 1, values: []int8{1}, pairs: true, atomic: true, trigger: true, refuses: true, restarts: 1},
+	{name: "units, up restarts", sessions: 2, fwr: 1, values: []int8{1, absent}, pairs: true, atomic: true, restarts: 1},
+	{name: "units, foreign key, rows absent", start: [2]int8{absent, absent}, sessions: 2, fwr: 2, values: []int8{1, absent}, pairs: true, atomic: true, foreignKey: true},
+	{name: "units, foreign key, refusals, key re-use", start: [2]int8{absent, absent}, sessions: 2, fwr: 2, values: []int8{1}, pairs: true, atomic: true,
+		foreignKey: true, refuses: true, reuse: true},
+	{name: "units, foreign key, lawful devices, up restarts", start: [2]int8{absent, absent}, sessions: 2, fwr: 1, values: []int8{1, absent}, pairs: true, atomic: true,
+		foreignKey: true, lawful: true, restarts: 1},
+	{name: "three sessions, trigger and refusals", sessions: 3, fwr: 1, values: []int8{1, 2}, trigger: true, refuses: true},
 	{name: "foreign key, trigger, refusals", sessions: 2, fwr: 2, values: []int8{1, absent}, pairs: true, foreignKey: true, trigger: true, refuses: true},
 }
 
@@ -579,6 +688,11 @@ var brokenSourceRules = []sScope{
 	{finds: "OVERWRITE", name: "a foreign writer of base does not stay", sessions: 2, fwr: 1, values: []int8{1}, trigger: true, sRules: sRules{lastWriter: true}},
 	{finds: "OVERWRITE", name: "a rebased record expects base as it is later", sessions: 3, fwr: 2, values: []int8{1, 2}, trigger: true, sRules: sRules{expectsLater: true}},
 	{finds: "DIVERGED", name: "down writes the mirror although changes are pending", sessions: 2, fwr: 1, values: []int8{1}, sRules: sRules{ignoresPending: true}},
+	{finds: "ON TOP", name: "a record on top of a refused one is rebased when base is our own", sessions: 3, values: []int8{1, 2}, refuses: true, sRules: sRules{rebasesAll: true}},
+	{finds: "HUNG", name: "refused inserts are forgotten", start: [2]int8{absent, absent}, sessions: 2, fwr: 1, values: []int8{1}, foreignKey: true, sRules: sRules{forgetsParents: true}},
+	{finds: "SPLIT", name: "a unit's records are applied one by one", sessions: 1, fwr: 1, values: []int8{1}, pairs: true, atomic: true, sRules: sRules{splitsUnits: true}},
+	{finds: "SPLIT", name: "a unit's record is refused alone", sessions: 1, fwr: 1, values: []int8{1}, pairs: true, atomic: true, sRules: sRules{refusesAlone: true}},
+	{finds: "FALSE REFUSAL", name: "a unit compares while it writes", sessions: 1, values: []int8{1}, pairs: true, atomic: true, trigger: true, sRules: sRules{comparesLate: true}},
 	{finds: "FALSE REFUSAL", name: "a session's records are tried in table order", sessions: 1, values: []int8{1, absent}, pairs: true, foreignKey: true, lawful: true, sRules: sRules{unsorted: true}},
 }
 

@@ -113,6 +113,7 @@ CREATE TABLE waystage.staging (
     bver       bigint NOT NULL DEFAULT 0,       -- base version, 0: the device had no row
     base       jsonb,                           -- base image, {column: text or null}
     img        jsonb,                           -- insert: all sent columns; update: the changed columns; delete: null
+    unit       bigint NOT NULL DEFAULT 0,       -- atomic unit in the session (rule R8), as the device numbered it; -1: its unnumbered records; 0: none
     bad_code   text,
     bad_detail text
 ) PARTITION BY LIST (tbl);
@@ -147,6 +148,7 @@ CREATE TABLE waystage.change (
     detail      text,
     constraint_name text,
     winner      text,                           -- who wrote what stood there: 'source' or 'user/device'
+    unit        bigint NOT NULL DEFAULT 0,      -- as in staging: records of a session with the same unit other than 0 have one fate
     created_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
     decided_at  timestamptz,
     source_end  pg_lsn,                         -- applied: end of the source's transaction that has it
@@ -219,6 +221,7 @@ CREATE TABLE waystage.base (
     writer text   NOT NULL CHECK (writer IN ('initial', 'own', 'foreign')),
     lw     text,                                -- incarnation of the image's author; null: the source
     mver   bigint NOT NULL DEFAULT 0,
+    refused boolean NOT NULL DEFAULT false,     -- a change of the key was refused: those pending are on top of it, and fall too
     PRIMARY KEY (tbl, key)
 );
 
