@@ -9,7 +9,8 @@ import (
 	"strings"
 )
 
-// Capture is six triggers per table that write the row as it was at first touch into the shadow table; what was done
+// Capture is six triggers per table that write the row as it was at first touch into the shadow table, and the open unit
+// beside it; what was done
 // to it is derived later by comparing with the row as it is. Snapshots are taken before the statement acts, because
 // REPLACE deletes rows without firing delete triggers. Every write into the shadow ends with a target-less
 // ON CONFLICT DO NOTHING: "INSERT OR IGNORE" would become REPLACE under an outer INSERT OR REPLACE and lose the base.
@@ -44,14 +45,24 @@ func (tab *table) triggers(uniques [][]indexed) []string {
 		bNames = append(bNames, quote("b_"+c.Local))
 	}
 	into := "INSERT INTO " + s + " (base, touched, " + tab.sql.keys + ", " + strings.Join(bNames, ", ") + ") "
-	snapshotOld := into + "VALUES (1, " + now + ", " + from("OLD", "b") + ") ON CONFLICT DO NOTHING; "
-	absentNew := "INSERT INTO " + s + " (base, touched, " + tab.sql.keys + ") VALUES (0, " + now + ", " + from("NEW", "") + ") ON CONFLICT DO NOTHING; "
+	// Beside each touched row the number of the unit that is open, if one is (see unit.go); the empty table comes first,
+	// so that it costs next to nothing then.
+	join := func(row, tables, where string) string {
+		for _, k := range keyNames {
+			where += " AND s." + quote("k_"+k) + " = " + row + "." + quote(k)
+		}
+		return "INSERT INTO " + quote(tab.units()) + " (id, unit) SELECT s.id, u.id FROM waystage_unit AS u " + tables + "CROSS JOIN " + s + " AS s WHERE " + where + " ON CONFLICT DO NOTHING; "
+	}
+	snapshotOld := into + "VALUES (1, " + now + ", " + from("OLD", "b") + ") ON CONFLICT DO NOTHING; " + join("OLD", "", "1")
+	absentNew := "INSERT INTO " + s + " (base, touched, " + tab.sql.keys + ") VALUES (0, " + now + ", " + from("NEW", "") + ") ON CONFLICT DO NOTHING; " + join("NEW", "", "1")
 	probe := func(cols []indexed) string {
 		var l []string
 		for _, c := range cols {
 			l = append(l, "x."+quote(c.col)+" = NEW."+quote(c.col)+c.collate())
 		}
-		return into + "SELECT 1, " + now + ", " + from("x", "b") + " FROM " + live + " AS x WHERE " + strings.Join(l, " AND ") + " ON CONFLICT DO NOTHING; "
+		is := strings.Join(l, " AND ")
+		return into + "SELECT 1, " + now + ", " + from("x", "b") + " FROM " + live + " AS x WHERE " + is + " ON CONFLICT DO NOTHING; " +
+			join("x", "CROSS JOIN "+live+" AS x ", is)
 	}
 	var keyCols []indexed
 	watched := map[string]bool{}

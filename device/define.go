@@ -281,13 +281,17 @@ func (t *txn) rejectAll(setName string, tab *table, all bool, code protocol.Code
 		if err != nil {
 			return err
 		}
-		if d.base == (live != nil) && (live == nil || sameImage(tab.toWire(tab.all(), d.baseRow), tab.toWire(tab.all(), live))) {
+		if tab.undone(d, live) {
 			if err := t.restore(tab, d); err != nil {
 				return err
 			}
 			continue
 		}
-		if err := t.rejectHere(setName, tab, d, live, code, detail); err != nil {
+		var unit int64
+		if err := t.get("SELECT coalesce(min(unit), 0) FROM "+quote(tab.units())+" WHERE id = ?", []any{d.id}, &unit); err != nil {
+			return err
+		}
+		if err := t.rejectHere(setName, tab, d, live, unit, code, detail); err != nil {
 			return err
 		}
 	}

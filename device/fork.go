@@ -25,8 +25,12 @@ func (d *Device) refused(ctx context.Context, sess *session, e *protocol.Error) 
 		case protocol.CodeBusy, protocol.CodeInternal, protocol.CodeBlocked, protocol.CodeSeries:
 			return nil // the session stays as it is
 		case protocol.CodeTooBig:
-			if sess.Records > 1 { // the server takes less than we thought
+			if sess.Records > 0 { // the server takes less than we thought
 				again = true
+				whole, err := t.rejectWhole(sess, e)
+				if err != nil || whole {
+					return err
+				}
 				if err := t.exec(`UPDATE _ws_state SET most_changes = ?`, max(sess.Records/4, 1)); err != nil {
 					return err
 				}
@@ -52,11 +56,73 @@ func (d *Device) refused(ctx context.Context, sess *session, e *protocol.Error) 
 	return again, err
 }
 
+// rejectWhole rejects on the device what a session carries that is too big for the server and cannot be made smaller:
+// one record, or one unit. It would hold up everything after it for ever.
+func (t *txn) rejectWhole(sess *session, e *protocol.Error) (bool, error) {
+	req, err := sess.Payload.request()
+	if err != nil || !indivisible(req) {
+		return false, err
+	}
+	c, err := t.load()
+	if err != nil {
+		return false, err
+	}
+	ids := make([]int64, len(req.Changes))
+	for i, ch := range req.Changes {
+		if tab := c.tables[ch.Table]; tab != nil {
+			if ids[i], err = t.marked(tab, sess.N, i); err != nil {
+				return false, err
+			}
+		}
+	}
+	if err := t.thaw(sess); err != nil {
+		return false, err
+	}
+	if err := t.capture(false); err != nil {
+		return false, err
+	}
+	unit, err := t.tick()
+	if err != nil {
+		return false, err
+	}
+	for i, ch := range req.Changes {
+		if ids[i] == 0 {
+			continue
+		}
+		tab := c.tables[ch.Table]
+		d, err := t.dirty(tab, ids[i])
+		if err != nil {
+			return false, err
+		}
+		live, err := t.live(tab, d.key)
+		if err != nil {
+			return false, err
+		}
+		if tab.undone(d, live) {
+			err = t.restore(tab, d)
+		} else {
+			err = t.rejectHere(sess.Set, tab, d, live, -unit, protocol.CodeTooBig, e.Message)
+		}
+		if err != nil {
+			return false, err
+		}
+	}
+	for _, tab := range c.order {
+		if err := t.unpark(tab); err != nil {
+			return false, err
+		}
+	}
+	return true, t.capture(true)
+}
+
 // thaw undoes the freeze of a session that the server refused before it took anything of it: its edits are unsent
 // again, and its number is free.
 func (t *txn) thaw(sess *session) error {
 	c, err := t.load()
 	if err != nil {
+		return err
+	}
+	if err := t.regroup(c, sess); err != nil {
 		return err
 	}
 	for _, tab := range c.order {

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/waystage/waystage/protocol"
@@ -58,11 +60,15 @@ func (d *Device) freeze(t *txn, c *catalogue, st state, s *set, wait string) (se
 	if err := t.capture(false); err != nil {
 		return nil, false, err
 	}
+	if err := t.exec(endUnit); err != nil { // nobody else writes now: whoever began it forgot to end it
+		return nil, false, err
+	}
 	rows, seq, err := t.resend(c, st, s, &req)
 	if err != nil {
 		return nil, false, err
 	}
-	if seq != 0 {
+	again := seq != 0
+	if again {
 		more = true // what else is unsent follows in a session of its own
 	} else if rows, more, err = d.collect(t, c, st, s, &req); err != nil {
 		return nil, false, err
@@ -80,6 +86,15 @@ func (d *Device) freeze(t *txn, c *catalogue, st state, s *set, wait string) (se
 		if _, err := t.run("UPDATE "+quote(r.tab.shadow())+" SET batch = ?, idx = ? WHERE id = ?", req.N, i, r.id); err != nil {
 			return nil, false, err
 		}
+		if again {
+			continue // its edits since then belong where they belong
+		}
+		if _, err := t.run("DELETE FROM "+quote(r.tab.units())+" WHERE id = ?", r.id); err != nil {
+			return nil, false, err
+		}
+	}
+	if err := t.sweepBroken(c); err != nil {
+		return nil, false, err
 	}
 	for _, tab := range c.order {
 		if err := t.unpark(tab); err != nil {
@@ -115,73 +130,168 @@ func (d *Device) freeze(t *txn, c *catalogue, st state, s *set, wait string) (se
 	return sess, more, t.exec(`UPDATE _ws_state SET n = ?, open_n = ?`, sess.N, sess.N)
 }
 
-// collect derives the changes of a set's dirty rows that no session carries (rule D2). Rows that the user has put
-// back become what the server has (rule D10).
+// collect derives the changes of a set's dirty rows that no session carries (rule D2), each unit whole. Rows that the
+// user has put back become what the server has (rule D10).
 func (d *Device) collect(t *txn, c *catalogue, st state, s *set, req *protocol.Request) (rows []carried, more bool, err error) {
-	most, bytes, oldest := d.opts.MostChanges, 0, int64(0)
+	most, bytes := d.opts.MostChanges, 0
 	if st.MostChanges > 0 && st.MostChanges < most {
 		most = st.MostChanges
 	}
-	first, old := true, false // versions of two epochs do not travel in one session
-	for _, m := range s.Tables {
+	units, err := t.units(c, s)
+	if err != nil {
+		return nil, false, err
+	}
+	var chosen []candidate
+	var numbers int64
+	old := false // versions of two epochs do not travel in one session
+gather:
+	for ord, m := range s.Tables {
 		if !c.uploads(s, m.Wire) {
 			continue
 		}
-		layout := false
 		ids, err := t.unsent(m.table)
 		if err != nil {
 			return nil, false, err
 		}
 		for _, id := range ids {
-			if len(rows) >= most || bytes > d.opts.MostBytes {
-				return rows, true, nil
+			p := place{ord, id}
+			u, alone := units[p], false
+			if u == nil {
+				u, alone = &unit{rows: []place{p}}, true
 			}
-			dr, err := t.dirty(m.table, id)
+			if u.taken || u.held {
+				continue
+			}
+			if len(chosen) >= most || bytes > d.opts.MostBytes {
+				more = true
+				break gather
+			}
+			u.taken = true
+			load, err := d.candidates(t, s, u)
 			if err != nil {
 				return nil, false, err
 			}
-			ch, live, err := t.derive(&m, dr)
-			if err != nil {
-				return nil, false, err
-			}
-			if ch == nil {
-				if err := t.restore(m.table, dr); err != nil {
-					return nil, false, err
-				}
+			if len(load.rows) == 0 {
 				continue
 			}
-			if code, detail := unsendable(&m, ch, d.opts.Limits); code != "" {
-				if err := t.rejectHere(s.Name, m.table, dr, live, code, detail); err != nil {
-					return nil, false, err
-				}
-				continue
+			if len(chosen) == 0 {
+				old = load.old
 			}
-			isOld := len(ch.Version) > 0 && ch.Version[:1] == oldEpoch
-			if first {
-				first, old = false, isOld
-			} else if isOld != old {
+			switch {
+			case load.old != old:
 				more = true
 				continue
+			case len(chosen) > 0 && (len(chosen)+len(load.rows) > most || bytes+load.bytes > d.opts.MostBytes):
+				more = true
+				break gather
 			}
-			if err := t.fix(m.table, dr); err != nil {
-				return nil, false, err
+			if !alone {
+				numbers++
+				for i := range load.rows {
+					load.rows[i].Unit = numbers
+				}
 			}
-			if isOld {
-				ch.Version, req.Epoch = ch.Version[1:], ""
-			}
-			if !layout {
-				layout = true
-				req.Columns = append(req.Columns, m.layout())
-			}
-			if oldest == 0 || dr.touched < oldest {
-				oldest = dr.touched
-				req.Oldest = time.Unix(oldest, 0).UTC().Format(time.RFC3339)
-			}
-			bytes += imageSize(ch.Base) + imageSize(ch.New)
-			rows = append(rows, carried{m.table, id, *ch})
+			chosen, bytes = append(chosen, load.rows...), bytes+load.bytes
 		}
 	}
+	slices.SortFunc(chosen, func(a, b candidate) int { return a.compare(b.place) })
+	oldest := int64(0)
+	for i, x := range chosen {
+		m := &s.Tables[x.ord]
+		if err := t.fix(m.table, x.dirty); err != nil {
+			return nil, false, err
+		}
+		if old { // the whole session is judged by its base images
+			x.Version, req.Epoch = strings.TrimPrefix(x.Version, oldEpoch), ""
+		}
+		if i == 0 || chosen[i-1].ord != x.ord {
+			req.Columns = append(req.Columns, m.layout())
+		}
+		if oldest == 0 || x.dirty.touched < oldest {
+			oldest = x.dirty.touched
+			req.Oldest = time.Unix(oldest, 0).UTC().Format(time.RFC3339)
+		}
+		rows = append(rows, carried{m.table, x.id, *x.Change})
+	}
 	return rows, more, nil
+}
+
+// candidate is a dirty row with what its change would be.
+type candidate struct {
+	place
+	*protocol.Change
+	dirty *dirty
+	live  []any
+}
+
+// load is a unit (or a row of none) on its way into a session.
+type load struct {
+	rows  []candidate
+	bytes int
+	old   bool // a version of it is from an earlier mirror
+}
+
+// candidates derives the changes of a unit. What no server can take is rejected here, and the rest of its unit with it.
+func (d *Device) candidates(t *txn, s *set, u *unit) (l load, err error) {
+	why, culprit, lim := u.why, -1, d.opts.Limits
+	var code protocol.Code
+	var detail string
+	for _, p := range u.rows {
+		m := &s.Tables[p.ord]
+		dr, err := t.dirty(m.table, p.id)
+		if err != nil {
+			return l, err
+		}
+		ch, live, err := t.derive(m, dr)
+		if err != nil {
+			return l, err
+		}
+		if ch == nil {
+			if err := t.restore(m.table, dr); err != nil {
+				return l, err
+			}
+			continue
+		}
+		if c, text := unsendable(m, ch, lim); c != "" && culprit < 0 {
+			culprit, code, detail = len(l.rows), c, text
+			why = failing(ch, c, text)
+		}
+		l.rows = append(l.rows, candidate{p, ch, dr, live})
+		l.bytes += imageSize(ch.Base) + imageSize(ch.New)
+		l.old = l.old || strings.HasPrefix(ch.Version, oldEpoch)
+	}
+	tooBig := ""
+	if lim.Changes > 0 && len(l.rows) > lim.Changes || lim.Decompressed > 0 && l.bytes > lim.Decompressed {
+		tooBig = fmt.Sprintf("the transaction has %d records with %d bytes; a session takes %d with %d", len(l.rows), l.bytes, lim.Changes, lim.Decompressed)
+	}
+	if why == "" && tooBig == "" {
+		return l, nil
+	}
+	for i, x := range l.rows {
+		code, detail := code, detail
+		if i != culprit {
+			code, detail = protocol.CodeTransaction, why
+		}
+		if tooBig != "" {
+			code, detail = protocol.CodeTooBig, tooBig
+		}
+		if err := t.rejectHere(s.Name, s.Tables[x.ord].table, x.dirty, x.live, u.number, code, detail); err != nil {
+			return l, err
+		}
+	}
+	return load{}, nil
+}
+
+// failing names a rejected record in the detail of those that fall with it.
+func failing(ch *protocol.Change, code protocol.Code, detail string) string {
+	key := make([]string, len(ch.Key))
+	for i, v := range ch.Key {
+		key[i] = "NULL"
+		if v != nil {
+			key[i] = strings.ToValidUTF8(*v, "?")
+		}
+	}
+	return fmt.Sprintf("the record of table %s with key %s was rejected: %s: %s", ch.Table, strings.Join(key, ", "), code, detail)
 }
 
 func (m *member) layout() protocol.Layout {
@@ -253,8 +363,8 @@ func unsendable(m *member, ch *protocol.Change, lim protocol.Limits) (protocol.C
 }
 
 // rejectHere refuses an edit on the device itself: it is logged like any other rejection, and the row goes back to
-// what the server has. Capture must be off.
-func (t *txn) rejectHere(setName string, tab *table, d *dirty, live []any, code protocol.Code, detail string) error {
+// what the server has. unit is a number of its unit in the file, or 0. Capture must be off.
+func (t *txn) rejectHere(setName string, tab *table, d *dirty, live []any, unit int64, code protocol.Code, detail string) error {
 	var n int64
 	if err := t.get(`UPDATE _ws_state SET local_rejects = local_rejects + 1 RETURNING local_rejects`, nil, &n); err != nil {
 		return err
@@ -271,8 +381,11 @@ func (t *txn) rejectHere(setName string, tab *table, d *dirty, live []any, code 
 		op = protocol.Insert
 	}
 	r := rejection{
-		incarnation: inc, n: 0, idx: n, set: setName, tab: tab, op: op, key: tab.toWire(tab.key, d.key),
+		incarnation: inc, n: 0, idx: n, unit: unit, set: setName, tab: tab, op: op, key: tab.toWire(tab.key, d.key),
 		base: tab.image(d.baseRow), sent: tab.image(live), state: protocol.Rejected, code: code, detail: detail,
+	}
+	if err := t.breakUnit(tab, d, failing(&protocol.Change{Table: tab.Wire, Key: r.key}, code, detail)); err != nil {
+		return err
 	}
 	if err := t.restore(tab, d); err != nil {
 		return err

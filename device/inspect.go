@@ -172,7 +172,7 @@ func (d *Device) pending(t *txn, c *catalogue) (l []Edit, err error) {
 			}
 			if dr.batch.Valid {
 				e.State = Sent
-			} else if dr.base == (live != nil) && (live == nil || sameImage(tab.toWire(tab.all(), dr.baseRow), tab.toWire(tab.all(), live))) {
+			} else if tab.undone(dr, live) {
 				continue // put back by the user
 			}
 			l = append(l, e)

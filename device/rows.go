@@ -30,6 +30,11 @@ type dirty struct {
 	touched int64
 }
 
+// undone tells that the user has put a dirty row back to what it was.
+func (tab *table) undone(d *dirty, live []any) bool {
+	return d.base == (live != nil) && (live == nil || sameImage(tab.toWire(tab.all(), d.baseRow), tab.toWire(tab.all(), live)))
+}
+
 // image is a row as the wire carries it, by column name.
 type image map[string]*string
 

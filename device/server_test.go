@@ -44,6 +44,7 @@ type memServer struct {
 	lateMerge bool                // compose replies before the merge
 	waiting   []*request          // merges that are late
 	deaf      map[string]bool     // devices that are blocked
+	taken     func(*request)      // told of each new session; nil: nobody
 
 	history  map[string]image // "table key version": every image that was ever sent
 	problems []string         // broken invariants
@@ -277,6 +278,9 @@ func (s *memServer) take(device string, p Payload) {
 	case req.N == inc.last+1:
 		inc.last, inc.hash = req.N, protocol.Hash(data)
 		s.seen[token] = q
+		if s.taken != nil {
+			s.taken(q)
+		}
 		if s.lateMerge && len(req.Changes) > 0 {
 			s.waiting = append(s.waiting, q)
 		} else {

@@ -23,9 +23,11 @@ const format = 1
 //	_ws_inbox     pages of the reply that is being fetched
 //	_ws_rejected  the rejected log
 //	_ws_log       a ring of the last syncs
+//	_ws_broken    units of which the device itself rejected a row
+//	waystage_unit the application's: while it has its one row, edits belong together (see unit.go)
 //
-// For each synced table t also _ws_s_t (one row per dirty row, written by the triggers) and _ws_v_t (one row per row
-// that the server sent: its version).
+// For each synced table t also _ws_s_t (one row per dirty row, written by the triggers), _ws_u_t (the units of those
+// rows) and _ws_v_t (one row per row that the server sent: its version).
 const ownTables = `
 CREATE TABLE IF NOT EXISTS _ws_state (
   one INTEGER PRIMARY KEY CHECK (one = 1),
@@ -100,10 +102,12 @@ CREATE TABLE IF NOT EXISTS _ws_inbox (
   body BLOB NOT NULL
 );
 CREATE TABLE IF NOT EXISTS _ws_rejected (
+  entry INTEGER PRIMARY KEY AUTOINCREMENT,
   incarnation TEXT NOT NULL,
   n INTEGER NOT NULL,
   idx INTEGER NOT NULL,
   id INTEGER NOT NULL DEFAULT 0,
+  unit INTEGER NOT NULL DEFAULT 0,
   at INTEGER NOT NULL,
   set_name TEXT NOT NULL,
   wire TEXT NOT NULL,
@@ -118,12 +122,23 @@ CREATE TABLE IF NOT EXISTS _ws_rejected (
   code TEXT NOT NULL,
   detail TEXT NOT NULL,
   constraint_name TEXT NOT NULL DEFAULT '',
-  PRIMARY KEY (incarnation, n, idx)
+  handling TEXT NOT NULL DEFAULT 'open',
+  handled INTEGER,
+  UNIQUE (incarnation, n, idx)
 );
+CREATE INDEX IF NOT EXISTS _ws_rejected_handled ON _ws_rejected (handled) WHERE handled IS NOT NULL;
 CREATE TABLE IF NOT EXISTS _ws_log (
   id INTEGER PRIMARY KEY AUTOINCREMENT,
   report TEXT NOT NULL
-);`
+);
+CREATE TABLE IF NOT EXISTS _ws_broken (
+  unit INTEGER PRIMARY KEY,
+  why TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS waystage_unit (
+  id INTEGER PRIMARY KEY AUTOINCREMENT
+);
+CREATE TRIGGER IF NOT EXISTS _ws_unit BEFORE INSERT ON waystage_unit BEGIN DELETE FROM waystage_unit; END;`
 
 // state is the row of _ws_state.
 type state struct {

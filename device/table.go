@@ -357,6 +357,9 @@ func (t *txn) create(tab *table) error {
 			return err
 		}
 	}
+	if err := t.createUnits(tab); err != nil {
+		return err
+	}
 	return t.saveTable(tab)
 }
 
@@ -375,7 +378,7 @@ func (t *txn) saveTable(tab *table) error {
 func (t *txn) drop(tab *table) error {
 	t.close() // statements on the table would hold it
 	for _, q := range []string{
-		"DROP TABLE IF EXISTS " + quote(tab.Local), "DROP TABLE " + quote(tab.shadow()), "DROP TABLE " + quote(tab.versions()),
+		"DROP TABLE IF EXISTS " + quote(tab.Local), "DROP TABLE " + quote(tab.shadow()), "DROP TABLE " + quote(tab.versions()), "DROP TABLE " + quote(tab.units()),
 	} {
 		if err := t.exec(q); err != nil {
 			return err

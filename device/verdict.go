@@ -15,6 +15,7 @@ import (
 type rejection struct {
 	incarnation string
 	n, idx, id  int64
+	unit        int64 // the device's transaction, in that session; here: in the file
 	set         string
 	tab         *table
 	op          string
@@ -40,9 +41,9 @@ func (t *txn) reject(r *rejection) error {
 	if err != nil {
 		return err
 	}
-	return t.exec(`INSERT INTO _ws_rejected (incarnation, n, idx, id, at, set_name, wire, local, op, key, base, sent, state, code, detail, constraint_name)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING`,
-		r.incarnation, r.n, r.idx, r.id, time.Now().Unix(), r.set, r.tab.Wire, r.tab.Local, r.op, key.String, base, sent, r.state, string(r.code), r.detail, r.constraint)
+	return t.exec(`INSERT INTO _ws_rejected (incarnation, n, idx, id, unit, at, set_name, wire, local, op, key, base, sent, state, code, detail, constraint_name)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING`,
+		r.incarnation, r.n, r.idx, r.id, r.unit, time.Now().Unix(), r.set, r.tab.Wire, r.tab.Local, r.op, key.String, base, sent, r.state, string(r.code), r.detail, r.constraint)
 }
 
 // setRight notes in a log entry what the server has for the row.
@@ -352,6 +353,9 @@ func (j *judge) rename(f *frozen, d *dirty, key []*string, same bool) error {
 	if id, err := t.dirtyID(tab, canonical); err != nil {
 		return err
 	} else if id != 0 {
+		if _, err := t.run("UPDATE OR IGNORE "+quote(tab.units())+" SET id = ? WHERE id = ?", d.id, id); err != nil {
+			return err
+		}
 		if _, err := t.run(tab.sql.dirtyDrop, id); err != nil {
 			return err
 		}
@@ -379,7 +383,7 @@ func (j *judge) refuse(f *frozen, d *dirty) error {
 
 func (j *judge) log(f *frozen, v protocol.Verdict) error {
 	r := &rejection{
-		incarnation: v.Incarnation, n: v.N, idx: int64(v.Index), id: v.ID, set: f.set, tab: f.tab, op: f.Op, key: f.Key,
+		incarnation: v.Incarnation, n: v.N, idx: int64(v.Index), id: v.ID, unit: f.Unit, set: f.set, tab: f.tab, op: f.Op, key: f.Key,
 		base: f.image(f.Base), sent: f.image(f.New), state: v.State, code: v.Code, detail: v.Detail, constraint: v.Constraint,
 	}
 	key, err := f.tab.keyValues(v.Key) // as the server writes it: a row that stands in the way has it so
