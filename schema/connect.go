@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"net"
 	"sort"
+	"strconv"
 	"strings"
 	"time"
 
@@ -30,6 +32,8 @@ var patient = map[string]string{
 	"idle_in_transaction_session_timeout": "0",
 	"idle_session_timeout":                "0",
 	"default_transaction_isolation":       "read committed",
+	"default_transaction_read_only":       "off",
+	"default_transaction_deferrable":      "off",
 }
 
 // Config reads a connection string (URL or keyword form, several hosts allowed) for a pool whose sessions have the
@@ -87,6 +91,7 @@ func canonical(cfg *pgconn.Config, app string) {
 	if cfg.ConnectTimeout == 0 {
 		cfg.ConnectTimeout = 15 * time.Second
 	}
+	cfg.DialFunc = dialer(cfg.ConnectTimeout).DialContext
 	before := cfg.AfterConnect
 	cfg.AfterConnect = func(ctx context.Context, c *pgconn.PgConn) error {
 		if before != nil {
@@ -96,6 +101,20 @@ func canonical(cfg *pgconn.Config, app string) {
 		}
 		return settle(ctx, c)
 	}
+}
+
+// A peer that has gone without a word (a machine that is off, a firewall that forgot the connection) is noticed within half a
+// minute, not after the quarter of an hour that TCP would take: by us, and by the server, whose locks are then free.
+const (
+	peerIdle     = 10 * time.Second
+	peerInterval = 5 * time.Second
+	peerProbes   = 3
+	peerGone     = peerIdle + (peerProbes+1)*peerInterval // sent data that is not acknowledged
+)
+
+func dialer(timeout time.Duration) *net.Dialer {
+	return &net.Dialer{Timeout: timeout, Control: limitUnacknowledged,
+		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: peerIdle, Interval: peerInterval, Count: peerProbes}}
 }
 
 // settle sets the settings once more, by statement: a pooler in between may have swallowed the start parameters, and
@@ -112,6 +131,12 @@ func settle(ctx context.Context, c *pgconn.PgConn) error {
 	for _, k := range names {
 		calls = append(calls, "pg_catalog.set_config("+Literal(k)+", "+Literal(Canonical[k])+", false)")
 	}
+	// The server's side of peerGone; without effect on Unix sockets.
+	for k, v := range map[string]string{"tcp_keepalives_idle": seconds(peerIdle), "tcp_keepalives_interval": seconds(peerInterval), "tcp_keepalives_count": strconv.Itoa(peerProbes)} {
+		calls = append(calls, "pg_catalog.set_config('"+k+"', '"+v+"', false)")
+	}
+	// What is acknowledged to the other side must be on disk here: a role's synchronous_commit = off would lose it.
+	calls = append(calls, "CASE WHEN pg_catalog.current_setting('synchronous_commit') = 'off' THEN pg_catalog.set_config('synchronous_commit', 'on', false) END")
 	if _, err := c.Exec(ctx, "SELECT "+strings.Join(calls, ", ")).ReadAll(); err != nil {
 		return fmt.Errorf("canonical settings: %w", err)
 	}
@@ -122,6 +147,8 @@ func settle(ctx context.Context, c *pgconn.PgConn) error {
 	}
 	return nil
 }
+
+func seconds(d time.Duration) string { return strconv.Itoa(int(d / time.Second)) }
 
 // closeConn closes a connection without waiting for a dead server.
 func closeConn(conn interface{ Close(context.Context) error }) {

@@ -34,6 +34,7 @@ const (
 	retryEvery = time.Second     // a standby asks for the lock this often
 	pingEvery  = time.Second     // the holder looks after its connection this often
 	pingWithin = 5 * time.Second // and gives it up when it does not answer
+	silentMost = "30s"           // a holder that is not heard for so long (its process is paused) loses the seat at the server
 )
 
 // Hold waits for the seat, runs work while it is held, and returns what work returned. It starts again when the lock's
@@ -78,7 +79,7 @@ func take(ctx context.Context, mirror string, seat Seat) (*pgx.Conn, error) {
 	}
 	// The server must notice a dead holder soon, or the standbys wait for nothing.
 	for k, v := range map[string]string{
-		"application_name": fmt.Sprintf("waystage leader %d", seat), "idle_session_timeout": "0",
+		"application_name": fmt.Sprintf("waystage leader %d", seat), "idle_session_timeout": silentMost,
 		"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3",
 	} {
 		cfg.RuntimeParams[k] = v
