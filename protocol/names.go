@@ -36,6 +36,10 @@ const (
 	VerbStatus = "status"
 )
 
+// OperatorUser is the user of what operators submit at the server. It is no valid name: nobody can log in as it, and no
+// subject carries it.
+const OperatorUser = "@operator"
+
 // MaxParts is the largest number of parts of one request.
 const MaxParts = 9999
 

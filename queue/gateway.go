@@ -465,12 +465,15 @@ func (s *shift) tell(c *call) {
 	s.counts.statuses.Add(1)
 	s.do(c, func(ctx context.Context) (any, error) {
 		st, err := s.status(ctx, c.user, c.device, c.args[0])
-		if err != nil || st.State != "unknown" && st.State != "" {
+		if err != nil || st.State != "unknown" && st.State != "refused" && st.State != "" {
 			return st, err
 		}
 		n, err := s.q.Waiting(ctx, c.user, c.device, c.args[0])
-		if st.State = "unknown"; n > 0 {
-			st.State = "received"
+		switch {
+		case n > 0: // it came, or came again after the refusal
+			st = protocol.Status{State: "received"}
+		case st.State == "":
+			st.State = "unknown"
 		}
 		return st, err
 	})

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
@@ -239,10 +240,12 @@ func (in *Intake) answer(ctx context.Context, r *incoming) error {
 	}
 	// The refusal takes the place of page 1. Another copy of the device may have a reply under this number: it is
 	// composed again when that one asks for it.
-	_, err = in.db.Exec(ctx, `UPDATE waystage.session SET pages = 0
+	b := &pgx.Batch{}
+	b.Queue(`UPDATE waystage.session SET pages = 0
 		WHERE incarnation = $1 AND n = $2 AND user_name = $3 AND device_name = $4 AND pages > 0`, r.incarnation, r.n, r.user, r.device)
-	if err != nil {
-		return fmt.Errorf("mark the reply to session %s as replaced: %w", r.session, err)
+	b.Queue(refusalSQL, r.user, r.device, r.session, string(r.refusal.Code), clean(r.refusal.Message), r.received)
+	if err := in.db.SendBatch(ctx, b).Close(); err != nil {
+		return fmt.Errorf("note the refusal of session %s: %w", r.session, err)
 	}
 	if err := in.output.PutPage(ctx, r.user, r.device, r.session, 1, contentType, encoding, body); err != nil {
 		return fmt.Errorf("publish the refusal of session %s: %w", r.session, err)

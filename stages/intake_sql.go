@@ -241,7 +241,7 @@ func (in *Intake) insert(ctx context.Context, tx pgx.Tx, reqs []*incoming) error
 		FROM (SELECT DISTINCT ON (id) * FROM unnest($1::bigint[], $2::text[], $3::timestamptz[]) WITH ORDINALITY AS v(id, app, oldest, ord) ORDER BY id, ord DESC) u
 		WHERE d.id = u.id`, devices, apps, oldest)
 	// Whoever opens a session has applied the reply to the one before (rule D1).
-	b.Queue(`UPDATE waystage.session s SET state = 'closed'
+	b.Queue(`UPDATE waystage.session s SET state = 'closed', closed_at = clock_timestamp()
 		FROM unnest($1::text[], $2::bigint[]) AS u(id, n) WHERE s.incarnation = u.id AND s.n = u.n - 1 AND s.state = 'replied'`, ids, ns)
 	return tx.SendBatch(ctx, b).Close()
 }

@@ -41,7 +41,9 @@ func judge(req *protocol.Request, s *set, maxRow int) []record {
 			r.tbl = sub.table.ID
 		}
 		j := judgement{sub: sub, layout: layouts[c.Table], maxRow: maxRow}
-		if r.code, r.why = j.change(c, r); r.code == "" {
+		if r.code, r.why = j.change(c, r); r.code != "" {
+			j.keep(c, r)
+		} else {
 			id := c.Table + "\x00" + keyString(c.Key)
 			if seen[id] {
 				r.code, r.why = protocol.CodeDuplicate, "the row was changed twice in one session; send one change with its final state"

@@ -3,7 +3,6 @@ package stages
 import (
 	"context"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -11,7 +10,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
-	"github.com/waystage/waystage/internal/sabotage"
 	"github.com/waystage/waystage/protocol"
 	"github.com/waystage/waystage/schema"
 )
@@ -92,6 +90,7 @@ type mergeBatch struct {
 	merged   int
 	rejected int
 	codes    map[string]int
+	judged   []judged // in this pass
 }
 
 type mergeSession struct {
@@ -117,10 +116,28 @@ func (b *mergeBatch) run(doing func(string)) (err error) {
 	if err != nil {
 		return fmt.Errorf("lock mirror tables: %w", err)
 	}
-	b.codes = map[string]int{}
-	for _, id := range tables {
-		if err := b.table(id); err != nil {
+	for n := 1; ; n++ {
+		if err := b.pass(tables); err != nil {
 			return err
+		}
+		falls, err := b.fall()
+		if err != nil {
+			return err
+		}
+		if len(falls) == 0 {
+			break
+		}
+		if _, err := b.tx.Exec(b.ctx, "ROLLBACK TO SAVEPOINT ws_pass"); err != nil {
+			return fmt.Errorf("undo a pass: %w", err)
+		}
+		if err := b.mark(falls); err != nil {
+			return err
+		}
+		if _, err := b.tx.Exec(b.ctx, "SAVEPOINT ws_pass"); err != nil {
+			return fmt.Errorf("begin a pass: %w", err)
+		}
+		if n%passesOfAll == 0 && len(b.ids) > 1 { // falls hang on falls: fewer sessions at a time
+			b.ids = b.ids[:len(b.ids)/2]
 		}
 	}
 	if err := b.finish(); err != nil {
@@ -131,6 +148,9 @@ func (b *mergeBatch) run(doing func(string)) (err error) {
 	}
 	return nil
 }
+
+// passesOfAll is after how many passes the batch is halved; what is left out stays staged for the next.
+const passesOfAll = 4
 
 func wrap(what string, err error) error {
 	if err != nil {
@@ -156,7 +176,6 @@ func (b *mergeBatch) claim() (records int, err error) {
 	var s mergeSession
 	_, err = pgx.ForEachRow(rows, []any{&id, &s.user, &s.attributes, &s.incarnation, &s.set, &s.epoch, &n}, func() error {
 		c := s
-		c.seen = map[string]int{}
 		b.ids, b.sessions[id] = append(b.ids, id), &c
 		records += n
 		return nil
@@ -176,27 +195,16 @@ func (b *mergeBatch) lock() (tables []int, err error) {
 		})
 		return err
 	})
+	q.Queue("SAVEPOINT ws_pass")
 	return tables, b.tx.SendBatch(b.ctx, q).Close()
 }
 
-// finish moves the records that were refused unseen to the ledger, and ends the sessions' staging.
+// finish ends the sessions' staging.
 func (b *mergeBatch) finish() error {
 	q := &pgx.Batch{}
-	bad := badSQL
-	if sabotage.On(sabotage.SwallowBad) {
-		bad = strings.Replace(bad, "s.bad_code IS NOT NULL", "false", 1)
-	}
-	q.Queue(bad, b.ids, b.stamp).Query(func(rows pgx.Rows) error {
-		var code string
-		var n int
-		_, err := pgx.ForEachRow(rows, []any{&code, &n}, func() error {
-			b.rejected += n
-			b.codes[code] += n
-			return nil
-		})
-		return err
-	})
 	q.Queue(`DELETE FROM waystage.staging WHERE session_id = ANY ($1)`, b.ids)
-	q.Queue(`UPDATE waystage.session SET state = 'merged', merged_at = clock_timestamp() WHERE id = ANY ($1)`, b.ids)
+	// Nobody fetches a reply to an operator's session.
+	q.Queue(`UPDATE waystage.session SET state = CASE WHEN user_name = $2 THEN 'closed' ELSE 'merged' END, merged_at = clock_timestamp()
+		WHERE id = ANY ($1)`, b.ids, protocol.OperatorUser)
 	return b.tx.SendBatch(b.ctx, q).Close()
 }

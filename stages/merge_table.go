@@ -19,6 +19,7 @@ type fact struct {
 	session int64
 	idx     int
 	op      string
+	unit    int64
 	bver    int64
 	key     string  // as the server writes it, for comparing in memory
 	version *int64  // of the mirror row; nil: absent
@@ -116,7 +117,7 @@ func (b *mergeBatch) try(q *tableSQL, list []recordID) (err error) {
 	if _, err := b.tx.Exec(b.ctx, "SAVEPOINT ws_table"); err != nil {
 		return err
 	}
-	merged, rejected, codes := b.merged, b.rejected, map[string]int{}
+	merged, rejected, judged, codes := b.merged, b.rejected, len(b.judged), map[string]int{}
 	var fresh []func() // undo for keys seen
 	err = b.rounds(q, list, codes, &fresh)
 	if err == nil {
@@ -126,7 +127,7 @@ func (b *mergeBatch) try(q *tableSQL, list []recordID) (err error) {
 		_, err = b.tx.Exec(b.ctx, "RELEASE SAVEPOINT ws_table")
 		return err
 	}
-	b.merged, b.rejected = merged, rejected
+	b.merged, b.rejected, b.judged = merged, rejected, b.judged[:judged]
 	for _, undo := range fresh {
 		undo()
 	}
@@ -204,7 +205,7 @@ func (b *mergeBatch) facts(q *tableSQL, list []recordID, first bool) ([]fact, er
 	}
 	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (f fact, err error) {
 		var key []*string
-		err = row.Scan(&f.session, &f.idx, &f.op, &f.bver, &key, &f.version, &f.lw, &f.mver, &f.same, &f.base, &f.from, &f.to)
+		err = row.Scan(&f.session, &f.idx, &f.op, &f.unit, &f.bver, &key, &f.version, &f.lw, &f.mver, &f.same, &f.base, &f.from, &f.to)
 		f.key = keyString(key)
 		return f, err
 	})
@@ -216,6 +217,7 @@ func (b *mergeBatch) decide(q *tableSQL, f *fact, allowed map[pair]bool) decisio
 	s := b.sessions[f.session]
 	sub := b.cat.subscription(s.set, q.table.FullName())
 	switch {
+	case s.user == protocol.OperatorUser: // bound by no subscription
 	case sub == nil:
 		d.code, d.detail = protocol.CodeUnknownTable, fmt.Sprintf("table %s is not in the device's subscription set", q.table.FullName())
 		return d
@@ -223,7 +225,7 @@ func (b *mergeBatch) decide(q *tableSQL, f *fact, allowed map[pair]bool) decisio
 		d.code, d.detail = protocol.CodeOperation, fmt.Sprintf("the subscription of %s does not allow devices the operation %s", q.table.FullName(), f.op)
 		return d
 	}
-	if sub.Key != "" {
+	if sub != nil && sub.Key != "" {
 		inside := func(v *string) bool { return v != nil && allowed[pair{sub, s.user, *v}] }
 		// An absent row has no value before, a deleted one none after.
 		before := f.version == nil || inside(f.from)
@@ -273,6 +275,7 @@ func (b *mergeBatch) apply(q *tableSQL, decisions []decision, codes map[string]i
 	var bySession [conflict.Nothing + 1][]int64
 	var byIdx [conflict.Nothing + 1][]int
 	for i, d := range decisions {
+		b.judged = append(b.judged, judged{d.fact.session, d.fact.idx, q.table.FullName() + "\x00" + d.fact.key, d.fact.op, d.fact.unit, d.effect, d.code != ""})
 		sessions[i], idx[i], versions[i], why[i], details[i] = d.fact.session, d.fact.idx, d.version, string(d.code), d.detail
 		if d.code != "" {
 			states[i] = protocol.Rejected

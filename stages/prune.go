@@ -8,14 +8,17 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"go.uber.org/zap"
+
+	"github.com/waystage/waystage/protocol"
 )
 
 // RetentionConfig says how long what has been done is kept. The zero value of a field takes the default.
 type RetentionConfig struct {
 	Changes  time.Duration // applied changes whose devices have heard of it (default 7 days)
-	Rejects  time.Duration // rejected and refused ones, for the operator (default 90 days)
+	Rejects  time.Duration // rejected and refused ones that no operator has handled (default 90 days)
+	Handled  time.Duration // those that were retried or discarded, from then on (default 90 days)
 	Cursors  time.Duration // a device that was away longer gets a full refresh of the rows (default 30 days)
-	Sessions time.Duration // closed sessions (default 7 days)
+	Sessions time.Duration // replied sessions, and refusals of whole requests (default 7 days)
 	InFlight time.Duration // longest time that a reply takes from its snapshot to the storing of its cursor (default 1 hour)
 	Every    time.Duration // how often Run prunes (default 10 minutes)
 	Chunk    int           // rows of one transaction (default 5000)
@@ -25,6 +28,7 @@ func (c RetentionConfig) withDefaults() RetentionConfig {
 	day := 24 * time.Hour
 	def(&c.Changes, 7*day)
 	def(&c.Rejects, 90*day)
+	def(&c.Handled, 90*day)
 	def(&c.Cursors, 30*day)
 	def(&c.Sessions, 7*day)
 	def(&c.InFlight, time.Hour)
@@ -65,7 +69,7 @@ func (p *Pruner) Run(ctx context.Context) error {
 
 // Pruned counts removed rows.
 type Pruned struct {
-	Changes, Sessions, Cursors, Keysets, Tombstones int64
+	Changes, Sessions, Refusals, Cursors, Keysets, Tombstones int64
 }
 
 // Prune does it once.
@@ -74,17 +78,35 @@ func (p *Pruner) Prune(ctx context.Context) (n Pruned, err error) {
 		return n, err
 	}
 	// A verdict may go when the incarnation's last request had a cursor that had passed it (rule D5), or when the life of the device's file
-	// that waited for it is over.
+	// that waited for it is over. Nobody waits for an operator's. What a rejected record became stays as long as the record.
+	heard := `(NOT EXISTS (SELECT FROM waystage.incarnation i JOIN waystage.device d ON d.id = i.device_id
+				WHERE i.id = c.incarnation AND d.user_name <> '` + protocol.OperatorUser + `')
+			OR EXISTS (SELECT FROM waystage.incarnation i JOIN waystage.session s ON s.incarnation = i.id AND s.n = i.last_n
+				JOIN waystage.cursor k ON k.token = s.cursor_from
+				WHERE i.id = c.incarnation AND s.n > c.n AND k.since > c.stamp)
+			OR EXISTS (SELECT FROM waystage.incarnation mine JOIN waystage.incarnation later
+				ON later.device_id = mine.device_id AND later.created_at > mine.created_at AND later.last_n > 0 WHERE mine.id = c.incarnation))
+		AND NOT EXISTS (SELECT FROM waystage.reject_action a WHERE a.session_id = c.session_id AND a.idx = c.idx)`
+	// Handled is what was discarded, or retried and applied. The log of actions goes with its record.
+	rejected, err := p.chunks(ctx, "rejected changes", `
+		DELETE FROM waystage.change WHERE id IN (
+			SELECT c.id FROM waystage.change c JOIN waystage.reject r ON r.id = c.id
+			WHERE c.state IN ('rejected', 'refused') AND c.decided_at < now() - least($2::interval, $3::interval) AND CASE
+				WHEN r.status = 'discarded' OR r.status = 'retried' AND EXISTS (SELECT FROM waystage.reject_action a
+						JOIN waystage.change n ON n.session_id = a.session_id AND n.idx = a.idx WHERE a.record = c.id AND n.state = 'applied')
+					THEN (SELECT max(a.at) FROM waystage.reject_action a WHERE a.record = c.id) < now() - $3::interval
+				ELSE r.status <> 'retried' AND c.decided_at < now() - $2::interval END
+				AND `+heard+`
+			ORDER BY c.id LIMIT $1)`, p.cfg.Rejects, p.cfg.Handled)
+	if err != nil {
+		return n, err
+	}
 	n.Changes, err = p.chunks(ctx, "changes", `
 		DELETE FROM waystage.change WHERE id IN (
 			SELECT c.id FROM waystage.change c
-			WHERE c.state <> 'merged' AND coalesce(c.decided_at, c.created_at) < now() - CASE WHEN c.state = 'applied' THEN $2::interval ELSE $3::interval END
-				AND (EXISTS (SELECT FROM waystage.incarnation i JOIN waystage.session s ON s.incarnation = i.id AND s.n = i.last_n
-						JOIN waystage.cursor k ON k.token = s.cursor_from
-						WHERE i.id = c.incarnation AND s.n > c.n AND k.since > c.stamp)
-					OR EXISTS (SELECT FROM waystage.incarnation mine JOIN waystage.incarnation later
-						ON later.device_id = mine.device_id AND later.created_at > mine.created_at AND later.last_n > 0 WHERE mine.id = c.incarnation))
-			ORDER BY c.id LIMIT $1)`, p.cfg.Changes, p.cfg.Rejects)
+			WHERE c.state = 'applied' AND coalesce(c.decided_at, c.created_at) < now() - $2::interval AND `+heard+`
+			ORDER BY c.id LIMIT $1)`, p.cfg.Changes)
+	n.Changes += rejected
 	if err != nil {
 		return n, err
 	}
@@ -92,10 +114,15 @@ func (p *Pruner) Prune(ctx context.Context) (n Pruned, err error) {
 	n.Sessions, err = p.chunks(ctx, "sessions", `
 		DELETE FROM waystage.session WHERE id IN (
 			SELECT s.id FROM waystage.session s
-			WHERE s.state IN ('replied', 'closed') AND s.replied_at < now() - $2::interval
+			WHERE s.state IN ('replied', 'closed') AND coalesce(s.replied_at, s.merged_at) < now() - $2::interval
 				AND s.n < (SELECT i.last_n FROM waystage.incarnation i WHERE i.id = s.incarnation)
 				AND NOT EXISTS (SELECT FROM waystage.change c WHERE c.session_id = s.id)
 			ORDER BY s.id LIMIT $1)`, p.cfg.Sessions)
+	if err != nil {
+		return n, err
+	}
+	n.Refusals, err = p.chunks(ctx, "refusals", `
+		DELETE FROM waystage.refusal WHERE ctid = ANY (ARRAY(SELECT f.ctid FROM waystage.refusal f WHERE f.refused_at < now() - $2::interval LIMIT $1))`, p.cfg.Sessions)
 	if err != nil {
 		return n, err
 	}

@@ -60,6 +60,7 @@ type replyBatch struct {
 	tx       pgx.Tx
 	sessions []*session
 	xmin     int64
+	snapshot string // the whole of it: the verdicts in it are told
 }
 
 func (b *replyBatch) ids() []int64 {
@@ -177,7 +178,8 @@ func (b *replyBatch) gather() (map[string]*cursor, error) {
 	}
 	cursors := make(map[string]*cursor, len(tokens))
 	batch := &pgx.Batch{}
-	batch.Queue(`SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint`).QueryRow(func(row pgx.Row) error { return row.Scan(&b.xmin) })
+	batch.Queue(`SELECT pg_snapshot_xmin(s)::text::bigint, s::text FROM pg_current_snapshot() s`).
+		QueryRow(func(row pgx.Row) error { return row.Scan(&b.xmin, &b.snapshot) })
 	if len(tokens) > 0 {
 		batch.Queue(cursorsSQL, tokens).Query(func(rows pgx.Rows) error {
 			for rows.Next() {
@@ -484,8 +486,16 @@ func (b *replyBatch) close() error {
 	batch := &pgx.Batch{}
 	batch.Queue("BEGIN")
 	batch.Queue("SET LOCAL synchronous_commit = off")
-	batch.Queue(`UPDATE waystage.session s SET state = 'replied', replied_at = clock_timestamp(), pages = u.pages
-		FROM unnest($1::bigint[], $2::int[]) AS u(id, pages) WHERE s.id = u.id AND s.state = 'merged'`, ids, counts)
+	batch.Queue(`UPDATE waystage.session s SET state = 'replied', replied_at = clock_timestamp(), pages = u.pages, told = $3::pg_snapshot
+		FROM unnest($1::bigint[], $2::int[]) AS u(id, pages) WHERE s.id = u.id AND s.state = 'merged'`, ids, counts, b.snapshot)
+	for _, s := range b.sessions {
+		if s.refusal != nil {
+			batch.Queue(`INSERT INTO waystage.refusal (user_name, device_name, token, code, message, received_at)
+				SELECT user_name, device_name, token, $2, $3, received_at FROM waystage.session WHERE id = $1
+				ON CONFLICT (user_name, device_name, token) DO UPDATE SET code = excluded.code, message = excluded.message,
+					refused_at = clock_timestamp(), times = refusal.times + 1`, s.id, string(s.refusal.Code), clean(s.refusal.Message))
+		}
+	}
 	batch.Queue("COMMIT")
 	return b.conn.SendBatch(b.ctx, batch).Close()
 }

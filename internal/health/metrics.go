@@ -52,7 +52,7 @@ var (
 	descOldest    = desc("session_oldest_seconds", "Age of the oldest session without a reply.")
 	descPending   = desc("pending_records", "Merged records without the source's verdict.")
 	descPendOld   = desc("pending_oldest_seconds", "Age of the oldest of them.")
-	descRejects   = desc("rejected_records", "Records in the rejected log.", "reason")
+	descRejects   = desc("rejected_records", "Records in the rejected log that no operator has retried or discarded.", "reason")
 	descDevices   = desc("devices", "Devices.", "state")
 	descPoolSize  = desc("pool_size", "Workers asked of a stage, per process.", "stage")
 	descPoolRuns  = desc("pool_running", "1 if the stage is not paused or drained.", "stage")

@@ -29,7 +29,7 @@ type Snapshot struct {
 	Pending  Pending          `json:"pending"`
 	Sessions Sessions         `json:"sessions"`
 	Devices  Devices          `json:"devices"`
-	Rejects  map[string]int64 `json:"rejects"` // records in the log, by code
+	Rejects  map[string]int64 `json:"rejects"` // records in the log that no operator has handled, by code
 	Queues   []Queue          `json:"queues"`
 	Pools    []Pool           `json:"pools"`
 	Source   Condition        `json:"source"`
@@ -198,7 +198,7 @@ func (r *Reader) readMirror(ctx context.Context, s *Snapshot) error {
 		       (SELECT coalesce(extract(epoch FROM clock_timestamp() - min(received_at)), 0)::float8 FROM waystage.session WHERE state IN ('staged', 'merged')),
 		       (SELECT count(*) FROM waystage.change WHERE state = 'merged'),
 		       (SELECT coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::float8 FROM waystage.change WHERE state = 'merged'),
-		       (SELECT count(*) FROM waystage.app_user)`).Scan(
+		       (SELECT count(*) FROM waystage.app_user WHERE name NOT LIKE '@%')`).Scan(
 		&s.Epoch, &s.Copy, &s.Tables, &s.Sessions.Staged, &s.Sessions.Merged, &s.Sessions.Total, &s.Sessions.OldestSeconds,
 		&s.Pending.Records, &s.Pending.OldestSeconds, &s.Devices.Users); err != nil {
 		return err
@@ -211,7 +211,11 @@ func (r *Reader) readMirror(ctx context.Context, s *Snapshot) error {
 		  FROM waystage.device`).Scan(&s.Devices.Enrolled, &s.Devices.Active, &s.Devices.Stale, &s.Devices.Blocked); err != nil {
 		return err
 	}
-	rows, err := r.mirror.Query(ctx, `SELECT coalesce(code, ''), count(*) FROM waystage.change WHERE state IN ('rejected', 'refused') GROUP BY 1`)
+	rows, err := r.mirror.Query(ctx, `SELECT coalesce(c.code, ''), count(*) FROM waystage.change c WHERE c.state IN ('rejected', 'refused')
+		AND NOT EXISTS (SELECT FROM waystage.reject_action a WHERE a.session_id = c.session_id AND a.idx = c.idx)
+		AND NOT EXISTS (SELECT FROM (SELECT a.session_id, a.idx FROM waystage.reject_action a WHERE a.record = c.id ORDER BY a.id DESC LIMIT 1) a
+			LEFT JOIN waystage.change r ON r.session_id = a.session_id AND r.idx = a.idx WHERE coalesce(r.state, '') NOT IN ('rejected', 'refused'))
+		GROUP BY 1`)
 	if err != nil {
 		return err
 	}

@@ -142,12 +142,12 @@ func (r *Registry) RemoveUser(ctx context.Context, name string) error {
 		 SELECT pg_notify('`+channel+`', name || '/') FROM gone`, name)
 }
 
-// ListUsers lists all users by name.
+// ListUsers lists all users by name, but for the one that operators submit as.
 func (r *Registry) ListUsers(ctx context.Context) ([]User, error) {
 	rows, err := r.pool.Query(ctx, `
 		SELECT u.name, u.groups, u.attributes, u.blocked, u.created_at, count(d.id)
 		  FROM waystage.app_user u LEFT JOIN waystage.device d ON d.user_name = u.name
-		 GROUP BY u.name ORDER BY u.name`)
+		 WHERE u.name <> $1 GROUP BY u.name ORDER BY u.name`, protocol.OperatorUser)
 	if err != nil {
 		return nil, wrap("list users", err)
 	}
@@ -202,11 +202,11 @@ func (r *Registry) EnsureDevice(ctx context.Context, user, device string) (int64
 	return 0, ErrUnknownUser
 }
 
-// ListDevices lists the devices of a user, or of all users when user is empty.
+// ListDevices lists the devices of a user, or of all users when user is empty; not the operators' own.
 func (r *Registry) ListDevices(ctx context.Context, user string) ([]Device, error) {
 	rows, err := r.pool.Query(ctx, `
 		SELECT id, user_name, name, coalesce(public_key, ''), blocked, app, enrolled_at, last_seen_at, last_sync_at, oldest_unsent_at
-		  FROM waystage.device WHERE $1 IN ('', user_name) ORDER BY user_name, name`, user)
+		  FROM waystage.device WHERE $1 IN ('', user_name) AND user_name <> $2 ORDER BY user_name, name`, user, protocol.OperatorUser)
 	if err != nil {
 		return nil, wrap("list devices", err)
 	}
@@ -263,8 +263,11 @@ func (r *Registry) Enrol(ctx context.Context, user, device, publicKey, app strin
 	return err
 }
 
-// one runs a statement that must touch exactly one row.
+// one runs a statement that must touch exactly one row; its first argument is the user.
 func (r *Registry) one(ctx context.Context, what string, none *Refusal, sql string, args ...any) error {
+	if args[0] == protocol.OperatorUser { // nobody's to change
+		return none
+	}
 	tag, err := r.pool.Exec(ctx, sql, args...)
 	if err != nil {
 		return wrap(what, err)
