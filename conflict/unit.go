@@ -15,9 +15,9 @@ type Fallen struct {
 	Reason       Reason
 }
 
-// Fall decides rule R8: who falls with those that failed. A record that refers to the row of an insert that failed falls
-// (Dependency), since what it meant is not there, or is somebody else's; the records of an atomic unit fall with any one of it
-// (Transaction); and with each that falls others may. Each is named once, with the record that it falls with directly.
+// Fall decides rule R8: who falls with those that failed. The records of an atomic unit fall with any one of it (Transaction);
+// a record that refers to the row of an insert that failed falls (Dependency), since what it meant is not there, or is somebody
+// else's; and with each that falls others may. Each is named once, with the record that it falls with directly.
 func Fall(list []Member) (out []Fallen) {
 	down := make([]bool, len(list))
 	var queue []int
@@ -47,10 +47,10 @@ func Fall(list []Member) (out []Fallen) {
 				}
 			}
 		}
-		fall(referring[with], Dependency)
 		if u := list[with].Unit; u != 0 {
 			fall(units[u], Transaction)
 		}
+		fall(referring[with], Dependency)
 	}
 	return out
 }

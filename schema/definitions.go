@@ -17,6 +17,15 @@ const (
 	UploadOnly   Direction = "upload-only"
 )
 
+// RejectUnit says what is rejected together (rule R8).
+type RejectUnit string
+
+// Reject units.
+const (
+	RejectRecord      RejectUnit = "record"      // each record stands for itself
+	RejectTransaction RejectUnit = "transaction" // all records of the device's transaction, or none
+)
+
 // Subscription says which part of one table a device holds and may change.
 type Subscription struct {
 	Name      string
@@ -26,6 +35,7 @@ type Subscription struct {
 	Rows      string   // SQL query for the key values that a user may see; given with Key, and only then
 	Direction Direction
 	Allow     string // operations that devices may upload, a subset of "IUD"
+	Reject    RejectUnit
 
 	rows    *rowsQuery
 	keyType string // the key column's type in the mirror, once checked

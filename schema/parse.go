@@ -152,9 +152,9 @@ func (p *parser) group(name string, k, v *yaml.Node) {
 }
 
 func (p *parser) subscription(name string, k, v *yaml.Node) {
-	s := &Subscription{Name: name, Direction: TwoWay, Allow: "IUD", place: at(k), places: map[string]place{}}
-	var allow *yaml.Node
-	p.mapping(v, "a subscription", []string{"table", "columns", "key", "rows", "direction", "allow"}, func(key string, k, v *yaml.Node) {
+	s := &Subscription{Name: name, Direction: TwoWay, Allow: "IUD", Reject: RejectRecord, place: at(k), places: map[string]place{}}
+	var allow, reject *yaml.Node
+	p.mapping(v, "a subscription", []string{"table", "columns", "key", "rows", "direction", "allow", "reject"}, func(key string, k, v *yaml.Node) {
 		s.places[key] = at(v)
 		switch key {
 		case "table":
@@ -184,6 +184,12 @@ func (p *parser) subscription(name string, k, v *yaml.Node) {
 		case "allow":
 			allow = v
 			p.allow(s, v)
+		case "reject":
+			reject = v
+			s.Reject = RejectUnit(p.scalar(v, "record or transaction"))
+			if all := []string{string(RejectRecord), string(RejectTransaction)}; !slices.Contains(all, string(s.Reject)) && s.Reject != "" {
+				p.bad(v, fmt.Sprintf("unknown reject unit %q", s.Reject), orElse(didYouMean(string(s.Reject), all), "one of "+strings.Join(all, ", ")))
+			}
 		}
 	})
 	if resolve(v).Kind != yaml.MappingNode {
@@ -201,6 +207,9 @@ func (p *parser) subscription(name string, k, v *yaml.Node) {
 			p.bad(allow, "a download-only subscription allows no uploads", "remove allow, or use direction: two-way")
 		}
 		s.Allow = ""
+		if reject != nil && s.Reject == RejectTransaction {
+			p.bad(reject, "a download-only subscription has no uploads to reject", "remove reject, or use direction: two-way")
+		}
 	}
 	p.d.Subscriptions = append(p.d.Subscriptions, s)
 }

@@ -205,10 +205,10 @@ func (in *Intake) insert(ctx context.Context, tx pgx.Tx, reqs []*incoming) error
 			c := string(r.code)
 			code, why = &c, &r.why
 		}
-		return []any{r.tbl, reqs[at].sessionID, idx, r.tname, r.op, r.key, r.bver, r.base, r.img, code, why}, nil
+		return []any{r.tbl, reqs[at].sessionID, idx, r.tname, r.op, r.key, r.bver, r.base, r.img, r.unit, code, why}, nil
 	}
 	_, err := tx.CopyFrom(ctx, pgx.Identifier{"waystage", "staging"},
-		[]string{"tbl", "session_id", "idx", "tname", "op", "key", "bver", "base", "img", "bad_code", "bad_detail"},
+		[]string{"tbl", "session_id", "idx", "tname", "op", "key", "bver", "base", "img", "unit", "bad_code", "bad_detail"},
 		pgx.CopyFromFunc(next))
 	if err != nil {
 		return err

@@ -19,6 +19,7 @@ type record struct {
 	bver  int64
 	base  []byte // jsonb or nil
 	img   []byte // jsonb or nil
+	unit  int64  // atomic unit, see atomicUnits
 	code  protocol.Code
 	why   string
 }
@@ -54,6 +55,7 @@ func judge(req *protocol.Request, s *set, maxRow int) []record {
 			r.why = strings.ToValidUTF8(r.why[:maxDetail], "") + "..."
 		}
 	}
+	atomicUnits(req.Changes, s, records)
 	return records
 }
 

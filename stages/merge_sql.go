@@ -84,7 +84,7 @@ func newTableSQL(t *schema.Table, key string) *tableSQL {
 		}
 	}
 	on := strings.Join(join, " AND ")
-	selectFacts := fmt.Sprintf(`SELECT s.session_id, s.idx, s.op, s.bver, ARRAY[%s]::text[], m._ws_version, m._ws_lw, m._ws_mver,
+	selectFacts := fmt.Sprintf(`SELECT s.session_id, s.idx, s.op, s.unit, s.bver, ARRAY[%s]::text[], m._ws_version, m._ws_lw, m._ws_mver,
 	CASE WHEN m._ws_version IS NULL OR s.op = 'D' THEN false ELSE %s END,
 	CASE WHEN e.epoch <> '' OR s.bver = 0 THEN false WHEN m._ws_version IS NULL OR s.base IS NULL THEN m._ws_version IS NULL AND s.base IS NULL ELSE %s END,
 	%s, CASE WHEN s.op <> 'D' THEN %s END`,
@@ -99,9 +99,9 @@ LEFT JOIN %s m ON %s`, t.Ident(), on)
 	q.factsOf = selectFacts + "\nFROM " + records + rest + "\nORDER BY s.session_id, s.idx"
 
 	q.change = fmt.Sprintf(`INSERT INTO waystage.change (session_id, idx, device_id, incarnation, n, tbl, tname, op, key, state, stamp, version, bver,
-	base, img, old, old_version, old_lw, old_mver, code, detail, winner, decided_at)
+	base, img, unit, old, old_version, old_lw, old_mver, code, detail, winner, decided_at)
 SELECT s.session_id, s.idx, e.device_id, e.incarnation, e.n, s.tbl, s.tname, s.op, ARRAY[%s]::text[], s.state, $7::bigint, s.version, s.bver,
-	s.base, s.img, CASE WHEN m._ws_version IS NOT NULL THEN jsonb_object(ARRAY[%s]::text[], ARRAY[%s]::text[]) END,
+	s.base, s.img, s.unit, CASE WHEN m._ws_version IS NOT NULL THEN jsonb_object(ARRAY[%s]::text[], ARRAY[%s]::text[]) END,
 	coalesce(m._ws_version, 0), m._ws_lw, coalesce(m._ws_mver, 0), nullif(s.code, ''), nullif(s.detail, ''),
 	CASE WHEN s.state = 'rejected' THEN CASE
 		WHEN m._ws_version IS NULL THEN (SELECT v.user_name || '/' || v.name FROM waystage.change c JOIN waystage.device v ON v.id = c.device_id
@@ -154,11 +154,9 @@ FROM (SELECT DISTINCT tbl FROM waystage.staging WHERE session_id = ANY ($1) AND 
 
 // badSQL moves the records that were refused without looking at their rows into the ledger: $1 sessions, $2 stamp.
 const badSQL = `
-WITH bad AS (
-	INSERT INTO waystage.change (session_id, idx, device_id, incarnation, n, tbl, tname, op, key, state, stamp, bver, base, img, code, detail, decided_at)
-	SELECT s.session_id, s.idx, e.device_id, e.incarnation, e.n, s.tbl, s.tname, s.op, s.key, 'rejected', $2, s.bver, s.base, s.img,
-		s.bad_code, s.bad_detail, clock_timestamp()
-	FROM waystage.staging s JOIN waystage.session e ON e.id = s.session_id
-	WHERE s.session_id = ANY ($1) AND s.bad_code IS NOT NULL ORDER BY s.session_id, s.idx
-	RETURNING code)
-SELECT code, count(*) FROM bad GROUP BY code`
+INSERT INTO waystage.change (session_id, idx, device_id, incarnation, n, tbl, tname, op, key, state, stamp, bver, base, img, unit, code, detail, decided_at)
+SELECT s.session_id, s.idx, e.device_id, e.incarnation, e.n, s.tbl, s.tname, s.op, s.key, 'rejected', $2, s.bver, s.base, s.img, s.unit,
+	s.bad_code, s.bad_detail, clock_timestamp()
+FROM waystage.staging s JOIN waystage.session e ON e.id = s.session_id
+WHERE s.session_id = ANY ($1) AND s.bad_code IS NOT NULL ORDER BY s.session_id, s.idx
+RETURNING session_id, idx, op, unit, code, tname, key`
