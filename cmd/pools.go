@@ -13,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/spf13/cobra"
 
+	"github.com/waystage/waystage/internal/trouble"
 	"github.com/waystage/waystage/stages"
 )
 
@@ -23,6 +24,8 @@ type poolRow struct {
 	Mode      stages.Mode     `json:"mode"`
 	ChangedAt time.Time       `json:"changed_at"`
 	Processes []processOfPool `json:"processes"` // empty: no process answered
+
+	Trouble *trouble.Trouble `json:"trouble,omitempty"` // why the stage stands still until a person acts
 }
 
 // processOfPool is the pool of one process.
@@ -48,7 +51,15 @@ func newPools(a *app) *cobra.Command {
 				if f != "table" {
 					return printRows(a.out, f, rows, nil)
 				}
-				return printPools(a.out, rows, workers)
+				if err := printPools(a.out, rows, workers); err != nil {
+					return err
+				}
+				for _, r := range rows {
+					if r.Trouble != nil {
+						a.say("attention: %s", clean(r.Trouble.String()))
+					}
+				}
+				return nil
 			})
 		}}
 	withOutput(ls, &f)
@@ -125,6 +136,10 @@ func (a *app) readPools(ctx context.Context, conf Config, mirror *pgxpool.Pool, 
 	if err != nil {
 		return nil, err
 	}
+	troubles, err := trouble.List(ctx, mirror)
+	if err != nil {
+		return nil, err
+	}
 	running := map[string][]processOfPool{}
 	if b, err := a.broker(ctx, conf); err != nil {
 		a.say("the broker does not answer, so only the settings are shown: %s", oneLine(rootCause(err)))
@@ -144,6 +159,9 @@ func (a *app) readPools(ctx context.Context, conf Config, mirror *pgxpool.Pool, 
 		row := poolRow{Stage: s.Stage, Size: s.Size, Mode: s.Mode, ChangedAt: s.ChangedAt, Processes: running[stage]}
 		if row.Processes == nil {
 			row.Processes = []processOfPool{}
+		}
+		if i := slices.IndexFunc(troubles, func(t trouble.Trouble) bool { return t.Part == stage }); i >= 0 {
+			row.Trouble = &troubles[i]
 		}
 		rows = append(rows, row)
 	}

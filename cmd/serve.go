@@ -20,6 +20,7 @@ import (
 	"github.com/waystage/waystage/capture"
 	"github.com/waystage/waystage/internal/health"
 	"github.com/waystage/waystage/internal/registry"
+	"github.com/waystage/waystage/internal/trouble"
 	"github.com/waystage/waystage/protocol"
 	"github.com/waystage/waystage/queue"
 	"github.com/waystage/waystage/schema"
@@ -337,19 +338,30 @@ func checks(source, mirror *pgxpool.Pool, q *queue.Queue, setUp *atomic.Bool) []
 			}
 			return errors.Join(slotStands(ctx, source, schema.SlotDown(epoch)), slotStands(ctx, mirror, schema.SlotUp(epoch)))
 		}},
+		{Name: "replication", Run: func(ctx context.Context) error {
+			if !setUp.Load() {
+				return nil
+			}
+			list, err := trouble.List(ctx, mirror)
+			for _, t := range list {
+				err = errors.Join(err, errors.New(t.String()))
+			}
+			return err
+		}},
 	}
 }
 
 func slotStands(ctx context.Context, db *pgxpool.Pool, slot string) error {
-	var status string
-	err := db.QueryRow(ctx, "SELECT coalesce(wal_status, '') FROM pg_replication_slots WHERE slot_name = $1", slot).Scan(&status)
+	var status, reason string
+	err := db.QueryRow(ctx, "SELECT coalesce(wal_status, ''), coalesce(to_jsonb(s)->>'invalidation_reason', '') FROM pg_replication_slots s WHERE slot_name = $1", slot).Scan(&status, &reason)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		return fmt.Errorf("slot %s is missing", slot)
 	case err != nil:
 		return err
-	case status == "lost":
-		return fmt.Errorf("slot %s is lost", slot)
+	}
+	if lost := schema.SlotTrouble(status, reason); lost != "" {
+		return fmt.Errorf("slot %s %s", slot, lost)
 	}
 	return nil
 }

@@ -14,13 +14,14 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/waystage/waystage/internal/health"
+	"github.com/waystage/waystage/schema"
 )
 
 func newStatus(a *app) *cobra.Command {
 	var f format
 	c := &cobra.Command{Use: "status", Short: "Show lag both ways, WAL kept by the slots, queues, sessions and rejects", Args: cobra.NoArgs,
 		Long: `Show how the whole system is, as databases and broker know it: it works while no server runs.
-Exit code 7 when data needs a person: a slot that is lost or missing.`,
+Exit code 7 when data needs a person: a slot that is lost or missing, or a part that stands still.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			return a.withMirror(c.Context(), func(ctx context.Context, conf Config, mirror *pgxpool.Pool) error {
 				source, err := openPool(ctx, "source", conf.Source.DSN, 2)
@@ -72,12 +73,17 @@ func attention(a *app, c Config, s health.Snapshot) error {
 		case s.Copy == "done" && d.Slot == "" && d.Position != "":
 			a.say("attention: the %s slot is missing: changes since %s cannot be read any more", name, d.Position)
 			broken = true
-		case d.SlotStatus == "lost":
-			a.say("attention: the %s slot is lost: it held back more WAL than max_slot_wal_keep_size allows", name)
+		case schema.SlotTrouble(d.SlotStatus, d.SlotReason) != "":
+			a.say("attention: the %s slot %s; 'waystage serve --recopy' makes a new one and copies the tables anew (devices keep their changes)",
+				name, schema.SlotTrouble(d.SlotStatus, d.SlotReason))
 			broken = true
 		case c.Retention.WAL > 0 && d.RetainedBytes > int64(c.Retention.WAL):
 			a.say("warning: the %s slot holds back %s of WAL", name, human(d.RetainedBytes))
 		}
+	}
+	for _, t := range s.Troubles {
+		a.say("attention: %s", clean(t.String()))
+		broken = true
 	}
 	if broken {
 		return silent(exitAttention)
@@ -102,6 +108,9 @@ func printStatus(w io.Writer, s health.Snapshot, brokerErr error) error {
 	}
 	direction("source to mirror", s.Down)
 	direction("mirror to source", s.Up)
+	for _, t := range s.Troubles {
+		fmt.Fprintf(tw, "%s\tSTANDS STILL: %s (first seen %s, last %s by %s)\n", t.Part, t.Code, ago(&t.Since), ago(&t.At), clean(t.Process))
+	}
 	fmt.Fprintf(tw, "pending\t%d records wait for the source's verdict%s\n", s.Pending.Records, oldest(s.Pending.OldestSeconds))
 	fmt.Fprintf(tw, "sessions\t%d wait for merge, %d for reply%s; %d taken\n", s.Sessions.Staged, s.Sessions.Merged, oldest(s.Sessions.OldestSeconds), s.Sessions.Total)
 	fmt.Fprintf(tw, "devices\t%d enrolled, %d synced within a day, %d not for 30 days, %d blocked; %d users\n",

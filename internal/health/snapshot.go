@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/waystage/waystage/internal/trouble"
 )
 
 // Database is what a [Reader] needs of a connection or a pool.
@@ -20,26 +22,28 @@ type Database interface {
 // Snapshot is the state of the whole system at one moment, as far as the databases and the broker know it. It is
 // what `waystage status -o json` prints; fields are only ever added.
 type Snapshot struct {
-	At       time.Time        `json:"at"`
-	Epoch    string           `json:"epoch"`
-	Copy     string           `json:"copy"` // initial copy: none, running, done
-	Tables   int              `json:"tables"`
-	Down     Direction        `json:"down"` // source to mirror
-	Up       Direction        `json:"up"`   // mirror to source
-	Pending  Pending          `json:"pending"`
-	Sessions Sessions         `json:"sessions"`
-	Devices  Devices          `json:"devices"`
-	Rejects  map[string]int64 `json:"rejects"` // records in the log that no operator has handled, by code
-	Queues   []Queue          `json:"queues"`
-	Pools    []Pool           `json:"pools"`
-	Source   Condition        `json:"source"`
-	Mirror   Condition        `json:"mirror"`
+	At       time.Time         `json:"at"`
+	Epoch    string            `json:"epoch"`
+	Copy     string            `json:"copy"` // initial copy: none, running, done
+	Tables   int               `json:"tables"`
+	Down     Direction         `json:"down"` // source to mirror
+	Up       Direction         `json:"up"`   // mirror to source
+	Pending  Pending           `json:"pending"`
+	Sessions Sessions          `json:"sessions"`
+	Devices  Devices           `json:"devices"`
+	Rejects  map[string]int64  `json:"rejects"` // records in the log that no operator has handled, by code
+	Queues   []Queue           `json:"queues"`
+	Pools    []Pool            `json:"pools"`
+	Troubles []trouble.Trouble `json:"troubles"` // parts that stand still until a person acts
+	Source   Condition         `json:"source"`
+	Mirror   Condition         `json:"mirror"`
 }
 
 // Direction is one way of replication.
 type Direction struct {
 	Slot          string     `json:"slot"`           // empty: there is none yet
 	SlotStatus    string     `json:"slot_status"`    // reserved, extended, unreserved, lost; empty: no slot
+	SlotReason    string     `json:"slot_reason"`    // why it is lost, in the server's words (PostgreSQL 17 and later); else empty
 	SlotActive    bool       `json:"slot_active"`    // a capture reads it
 	LagBytes      int64      `json:"lag_bytes"`      // WAL written and not yet applied at the other side
 	LagSeconds    float64    `json:"lag_seconds"`    // upper bound of the age of the oldest change not yet applied
@@ -162,7 +166,7 @@ func (k *track) behind(now time.Time, written, applied int64) (seconds float64, 
 // Read takes a snapshot. It fails only when nothing can be said: what one part cannot tell is left out and its error
 // joined, so that the rest is still shown.
 func (r *Reader) Read(ctx context.Context) (Snapshot, error) {
-	s := Snapshot{At: time.Now(), Rejects: map[string]int64{}, Queues: []Queue{}, Pools: []Pool{}}
+	s := Snapshot{At: time.Now(), Rejects: map[string]int64{}, Queues: []Queue{}, Pools: []Pool{}, Troubles: []trouble.Trouble{}}
 	var errs []error
 	note := func(what string, err error) {
 		if err != nil {
@@ -170,6 +174,9 @@ func (r *Reader) Read(ctx context.Context) (Snapshot, error) {
 		}
 	}
 	note("mirror", r.readMirror(ctx, &s))
+	list, err := trouble.List(ctx, r.mirror)
+	note("mirror", err)
+	s.Troubles = append(s.Troubles, list...)
 	if r.queues != nil {
 		q, err := r.queues(ctx)
 		note("broker", err)
@@ -249,13 +256,13 @@ func (r *Reader) direction(ctx context.Context, captured Database, name, prefix 
 	slot := prefix + epoch[:min(8, len(epoch))]
 	var written, confirmed, sent int64
 	err = captured.QueryRow(ctx, `
-		SELECT slot_name, active, coalesce(wal_status, ''), safe_wal_size,
+		SELECT slot_name, active, coalesce(wal_status, ''), coalesce(to_jsonb(s)->>'invalidation_reason', ''), safe_wal_size,
 		       (w.lsn - coalesce(restart_lsn, w.lsn))::int8, (coalesce(confirmed_flush_lsn, '0/0') - '0/0')::int8, (w.lsn - '0/0')::int8,
 		       coalesce((SELECT r.sent_lsn - '0/0' FROM pg_stat_replication r WHERE r.pid = active_pid), 0)::int8
-		  FROM pg_replication_slots,
+		  FROM pg_replication_slots s,
 		       (SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END AS lsn) w
 		 WHERE slot_name = $1`, slot).
-		Scan(&d.Slot, &d.SlotActive, &d.SlotStatus, &d.SafeBytes, &d.RetainedBytes, &confirmed, &written, &sent)
+		Scan(&d.Slot, &d.SlotActive, &d.SlotStatus, &d.SlotReason, &d.SafeBytes, &d.RetainedBytes, &confirmed, &written, &sent)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil // the slots check names it
 	}

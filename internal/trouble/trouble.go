@@ -31,14 +31,18 @@ func (t Trouble) String() string {
 	return fmt.Sprintf("%s stands still (%s): %s. %s", t.Part, t.Code, t.Detail, t.Remedy)
 }
 
-// Querier is a connection, a pool or a transaction.
-type Querier interface {
+// Writer is a connection, a pool or a transaction to write through.
+type Writer interface {
 	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
+}
+
+// Reader is one to read through.
+type Reader interface {
 	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
 }
 
 // Report notes that a part stands still.
-func Report(ctx context.Context, mirror Querier, t Trouble) error {
+func Report(ctx context.Context, mirror Writer, t Trouble) error {
 	if t.Process == "" {
 		host, _ := os.Hostname()
 		t.Process = fmt.Sprintf("%s/%d", host, os.Getpid())
@@ -54,7 +58,7 @@ func Report(ctx context.Context, mirror Querier, t Trouble) error {
 }
 
 // Clear takes a part's entry back.
-func Clear(ctx context.Context, mirror Querier, part string) error {
+func Clear(ctx context.Context, mirror Writer, part string) error {
 	if _, err := mirror.Exec(ctx, "DELETE FROM waystage.trouble WHERE part = $1", part); err != nil {
 		return fmt.Errorf("clear trouble: %w", err)
 	}
@@ -62,7 +66,7 @@ func Clear(ctx context.Context, mirror Querier, part string) error {
 }
 
 // List reads all entries, by part.
-func List(ctx context.Context, mirror Querier) ([]Trouble, error) {
+func List(ctx context.Context, mirror Reader) ([]Trouble, error) {
 	rows, err := mirror.Query(ctx, "SELECT part, code, detail, remedy, process, since, at FROM waystage.trouble ORDER BY part")
 	if err != nil {
 		return nil, fmt.Errorf("read troubles: %w", err)
