@@ -8,6 +8,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
 
 	"github.com/waystage/waystage/change"
 	"github.com/waystage/waystage/schema"
@@ -116,6 +117,8 @@ func (c *Capture) watch(ctx context.Context) error {
 			_ = conn.Close(context.WithoutCancel(ctx))
 		}
 	}()
+	guard := guard{c: c}
+	defer guard.close()
 	for warned := false; ; {
 		if conn == nil || conn.IsClosed() {
 			if next, err := schema.Connect(ctx, c.cfg.Server, c.cfg.application()); err == nil {
@@ -142,6 +145,7 @@ func (c *Capture) watch(ctx context.Context) error {
 						c.log.Warn("the server will soon give the slot up: the target lags too far behind")
 					}
 				}
+				guard.look(ctx, conn)
 			}
 		}
 		select {
@@ -149,6 +153,42 @@ func (c *Capture) watch(ctx context.Context) error {
 			return ctx.Err()
 		case <-time.After(watchEvery):
 		}
+	}
+}
+
+// guard looks after the source's publication.
+type guard struct {
+	c      *Capture
+	mirror *pgx.Conn
+	failed string // the trouble that was logged last
+}
+
+func (g *guard) close() {
+	if g.mirror != nil {
+		closePg(g.mirror.PgConn())
+	}
+}
+
+func (g *guard) look(ctx context.Context, source *pgx.Conn) {
+	if g.c.cfg.Direction != Down {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, g.c.cfg.Silence)
+	defer cancel()
+	if g.mirror == nil || g.mirror.IsClosed() {
+		conn, err := schema.Connect(ctx, g.c.cfg.Mirror, g.c.cfg.application())
+		if err != nil {
+			return // the run notices too
+		}
+		g.mirror = conn
+	}
+	found, err := schema.GuardPublication(ctx, source, g.mirror)
+	for _, f := range found {
+		g.c.log.Error("the source's publication has changed", zap.String("found", f))
+	}
+	if err != nil && ctx.Err() == nil && err.Error() != g.failed {
+		g.failed = err.Error()
+		g.c.log.Error("the source's publication cannot be looked after", zap.Error(err))
 	}
 }
 
