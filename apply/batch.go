@@ -19,6 +19,8 @@ import (
 // ownTx is a transaction of the up worker, recognised by its first row: the move of our row in the source's progress table.
 type ownTx struct {
 	ids     []int64
+	end     change.LSN        // where it ends in the source's log, once it has
+	at      time.Time         // and when it was committed
 	authors map[string]author // by table and key: who wrote it; known at flush
 }
 
@@ -85,6 +87,7 @@ func (b *batch) event(ctx context.Context, ev *change.Event) error {
 		return nil
 	case change.KindCommit:
 		if b.cur != nil {
+			b.cur.end, b.cur.at = ev.LSN, ev.Time
 			b.verdicts = append(b.verdicts, b.cur)
 			b.cur = nil
 		}
@@ -366,17 +369,23 @@ func (b *batch) decide(ctx context.Context) (map[int]map[string]*verdict, error)
 	learn := func(sql string, own []*ownTx, accept bool) error {
 		of := map[int64]*ownTx{}
 		var ids []int64
+		var ends []string
+		var times []time.Time
 		for _, o := range own {
 			o.authors = map[string]author{}
 			for _, id := range o.ids {
 				of[id] = o
-				ids = append(ids, id)
+				ids, ends, times = append(ids, id), append(ends, o.end.String()), append(times, o.at)
 			}
 		}
 		if len(ids) == 0 {
 			return nil
 		}
-		rows, err := b.tx.Query(ctx, sql, ids)
+		args := []any{ids}
+		if accept {
+			args = append(args, ends, times)
+		}
+		rows, err := b.tx.Query(ctx, sql, args...)
 		if err != nil {
 			return err
 		}
@@ -413,8 +422,10 @@ func (b *batch) decide(ctx context.Context) (map[int]map[string]*verdict, error)
 		})
 		return err
 	}
-	err := learn(`UPDATE waystage.change SET state = 'applied', stamp = pg_current_xact_id()::text::bigint, decided_at = clock_timestamp()
-		WHERE id = ANY($1) AND state = 'merged' RETURNING id, tbl, key, incarnation, version`, b.verdicts, true)
+	err := learn(`UPDATE waystage.change c SET state = 'applied', stamp = pg_current_xact_id()::text::bigint, decided_at = clock_timestamp(),
+			source_end = u.source_end::pg_lsn, source_at = u.source_at
+		FROM unnest($1::bigint[], $2::text[], $3::timestamptz[]) AS u(id, source_end, source_at)
+		WHERE c.id = u.id AND c.state = 'merged' RETURNING c.id, c.tbl, c.key, c.incarnation, c.version`, b.verdicts, true)
 	if err != nil {
 		return nil, fmt.Errorf("write verdicts: %w", err)
 	}

@@ -490,10 +490,10 @@ func (b *replyBatch) close() error {
 		FROM unnest($1::bigint[], $2::int[]) AS u(id, pages) WHERE s.id = u.id AND s.state = 'merged'`, ids, counts, b.snapshot)
 	for _, s := range b.sessions {
 		if s.refusal != nil {
-			batch.Queue(`INSERT INTO waystage.refusal (user_name, device_name, token, code, message, received_at)
-				SELECT user_name, device_name, token, $2, $3, received_at FROM waystage.session WHERE id = $1
+			batch.Queue(`INSERT INTO waystage.refusal (user_name, device_name, token, code, message, received_at, refused_at)
+				SELECT user_name, device_name, token, $2, $3, received_at, replied_at FROM waystage.session WHERE id = $1
 				ON CONFLICT (user_name, device_name, token) DO UPDATE SET code = excluded.code, message = excluded.message,
-					refused_at = clock_timestamp(), times = refusal.times + 1`, s.id, string(s.refusal.Code), clean(s.refusal.Message))
+					refused_at = excluded.refused_at, times = refusal.times + 1`, s.id, string(s.refusal.Code), clean(s.refusal.Message))
 		}
 	}
 	batch.Queue("COMMIT")

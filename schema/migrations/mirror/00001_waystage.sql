@@ -182,7 +182,7 @@ CREATE VIEW waystage.reject AS
 SELECT c.id, c.decided_at AS at, coalesce(d.user_name, '') AS user_name, coalesce(d.name, '') AS device_name,
     c.incarnation || '-' || c.n AS token, c.session_id, c.idx, c.tbl, c.tname, c.key, c.op, c.state, c.stamp,
     coalesce(c.code, '') AS code, coalesce(c.detail, '') AS detail, coalesce(c.constraint_name, '') AS constraint_name,
-    coalesce(c.winner, '') AS winner, c.base, c.img, c.old,
+    coalesce(c.winner, '') AS winner, c.base, c.img, c.old, c.unit,
     CASE
         WHEN EXISTS (SELECT FROM waystage.reject_action a WHERE a.session_id = c.session_id AND a.idx = c.idx) THEN 'superseded'
         WHEN last.action = 'discard' THEN 'discarded'
