@@ -10,7 +10,7 @@ FUZZ_TIME ?= 20s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check test-15 test-16 test-17 test-18 race bench fuzz lint clean
+.PHONY: help build demo test check test-15 test-16 test-17 test-18 race bench chaos fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,13 @@ race: ## all tests under the race detector
 bench: build ## measure, on clusters of its own, into bench.json
 	@scripts/postgresql.sh 15 >/dev/null
 	bin/waystage bench $(ARGS)
+
+# A binary run by itself shows its lines as they come.
+chaos: ## random histories: SEEDS=10 SEED=first SHRINK=1 KEEP=folder TAGS=sabotage
+	@scripts/postgresql.sh 15 >/dev/null
+	$(GO) test -c -tags '$(TAGS)' -o bin/chaos.test ./test/chaos
+	cd test/chaos && WAYSTAGE_CHAOS_SEEDS=$(or $(SEEDS),10) WAYSTAGE_CHAOS_SEED=$(SEED) WAYSTAGE_CHAOS_SHRINK=$(SHRINK) WAYSTAGE_CHAOS_KEEP=$(KEEP) \
+		../../bin/chaos.test -test.run '^TestHistories$$' -test.timeout 0
 
 fuzz: ## each fuzz target for FUZZ_TIME (20s)
 	@set -e; for file in $$(grep -rlE --include='*_test.go' '^func Fuzz' .); do \
