@@ -23,6 +23,7 @@ var allowed = map[string][]string{
 	"internal/pgerr":     {"protocol"},
 	"internal/leader":    {},
 	"internal/trouble":   {},
+	"internal/nettest":   {},
 	"internal/registry":  {"protocol", "internal/pgerr"},
 	"internal/health":    {"internal/trouble"},
 	"internal/pgcluster": {},
@@ -31,6 +32,7 @@ var allowed = map[string][]string{
 	"stages":             {"protocol", "schema", "conflict", "internal/pgerr", "internal/sabotage"},
 	"capture":            {"change", "schema", "internal/pgerr", "internal/leader", "internal/trouble", "internal/sabotage"},
 	"apply":              {"change", "schema", "conflict", "internal/pgerr", "internal/leader", "internal/trouble", "internal/sabotage"},
+	"verify":             {"schema", "internal/pgerr"},
 	"device":             {"protocol", "internal/sabotage"},
 }
 
