@@ -38,7 +38,7 @@ func (s *setup) emptyColumns(ctx context.Context, columns []newColumn) error {
 	var problems []Problem
 	for _, c := range columns {
 		var filled bool
-		err := s.source.QueryRow(ctx, "SELECT EXISTS (SELECT 1 FROM ONLY "+c.table.Ident()+" WHERE "+Quote(c.column)+" IS NOT NULL)").Scan(&filled)
+		err := s.source.QueryRow(ctx, "SELECT EXISTS (SELECT 1 FROM "+c.table.Own()+" WHERE "+Quote(c.column)+" IS NOT NULL)").Scan(&filled)
 		if err != nil {
 			return err
 		}

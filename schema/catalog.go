@@ -39,7 +39,7 @@ func (r *relation) ident() string { return Quote(r.schema) + "." + Quote(r.name)
 // The session's settings must be [Canonical].
 func ReadTables(ctx context.Context, conn *pgx.Conn, names []string) ([]*Table, []Problem, error) {
 	var tables []*Table
-	var problems []Problem
+	var problems, unreadable []Problem
 	// One snapshot: a table that is altered meanwhile is read before or after, not half and half.
 	err := pgx.BeginTxFunc(ctx, conn, pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}, func(tx pgx.Tx) error {
 		rels, missing, err := readRelations(ctx, tx, names)
@@ -59,13 +59,21 @@ func ReadTables(ctx context.Context, conn *pgx.Conn, names []string) ([]*Table, 
 			}
 			good = append(good, r)
 		}
+		good, bad, err := whole(ctx, tx, good, version)
+		if err != nil {
+			return err
+		}
+		problems = append(problems, bad...)
 		byOID := map[uint32]*Table{}
 		for _, r := range good {
-			t := &Table{Schema: r.schema, Name: r.name, Key: r.pk, OID: r.oid}
+			t := &Table{Schema: r.schema, Name: r.name, Key: r.pk, Partitioned: r.kind == "p", OID: r.oid}
 			byOID[r.oid] = t
 			tables = append(tables, t)
 		}
 		if err := readColumns(ctx, tx, byOID); err != nil {
+			return err
+		}
+		if unreadable, err = readParts(ctx, tx, byOID, version); err != nil {
 			return err
 		}
 		if err := readConstraints(ctx, tx, byOID); err != nil {
@@ -78,6 +86,11 @@ func ReadTables(ctx context.Context, conn *pgx.Conn, names []string) ([]*Table, 
 	}
 	tables = slices.DeleteFunc(tables, func(t *Table) bool {
 		p := t.refusal()
+		for _, u := range unreadable {
+			if u.Table == t.FullName() {
+				p = append(p, u)
+			}
+		}
 		problems = append(problems, p...)
 		return len(p) > 0
 	})
@@ -205,8 +218,6 @@ func (r *relation) refusal(version int) (Problem, bool) {
 		return no("is a view, and views have no change stream", "subscribe to the tables that it reads")
 	case r.kind == "f":
 		return no("is a foreign table, and foreign tables have no change stream", "connect Waystage to the server that owns it")
-	case r.kind == "p":
-		return no("is a partitioned table", "subscribe to its partitions, which are ordinary tables, or to an ordinary table that a trigger keeps in step with it")
 	case r.persistence == "t":
 		return no("is a temporary table", "make it an ordinary table")
 	case r.persistence == "u":
@@ -280,7 +291,7 @@ WITH RECURSIVE col AS (
 )
 SELECT c.attrelid, c.attnum, c.atttypid, c.atttypmod, c.attname, format_type(c.atttypid, c.atttypmod), format_type(b.typ, b.typmod),
        bt.typnamespace = 'pg_catalog'::regnamespace AND coalesce(et.typtype, bt.typtype) IN ('b', 'r', 'm'),
-       coalesce(et.typname, bt.typname), c.attnotnull, c.attidentity::text,
+       c.attnotnull, c.attidentity::text,
        coalesce((SELECT array_agg(e.enumlabel::text ORDER BY e.enumsortorder) FROM pg_enum e WHERE e.enumtypid = b.typ), '{}')
   FROM col c JOIN bottom b USING (attrelid, attnum) JOIN pg_type bt ON bt.oid = b.typ
   LEFT JOIN pg_type et ON et.oid = bt.typelem AND bt.typcategory = 'A'
@@ -289,34 +300,25 @@ SELECT c.attrelid, c.attnum, c.atttypid, c.atttypmod, c.attname, format_type(c.a
 		return err
 	}
 	var (
-		oid                 uint32
-		c                   Column
-		baseType, innermost string
-		builtin             bool
+		oid      uint32
+		c        Column
+		baseType string
+		builtin  bool
 	)
-	_, err = pgx.ForEachRow(rows, []any{&oid, &c.Num, &c.TypeOID, &c.TypeMod, &c.Name, &c.Type, &baseType, &builtin, &innermost, &c.NotNull, &c.Identity, &c.Labels}, func() error {
+	_, err = pgx.ForEachRow(rows, []any{&oid, &c.Num, &c.TypeOID, &c.TypeMod, &c.Name, &c.Type, &baseType, &builtin, &c.NotNull, &c.Identity, &c.Labels}, func() error {
 		col := c
 		col.Labels = slices.Clone(c.Labels)
 		if len(col.Labels) == 0 {
 			col.Labels = nil
 		}
 		col.MirrorType = "text"
-		if builtin && !mirroredAsText[innermost] {
+		if builtin {
 			col.MirrorType = baseType
 		}
 		byOID[oid].Columns = append(byOID[oid].Columns, col)
 		return nil
 	})
 	return err
-}
-
-// mirroredAsText are types of pg_catalog whose input depends on the objects of the database that it is read in, or that
-// have no input at all.
-var mirroredAsText = map[string]bool{
-	"regclass": true, "regcollation": true, "regconfig": true, "regdictionary": true, "regnamespace": true, "regoper": true,
-	"regoperator": true, "regproc": true, "regprocedure": true, "regrole": true, "regtype": true, "regdatabase": true, "aclitem": true,
-	"pg_node_tree": true, "pg_ndistinct": true, "pg_dependencies": true, "pg_mcv_list": true, "gtsvector": true,
-	"pg_brin_bloom_summary": true, "pg_brin_minmax_multi_summary": true,
 }
 
 func readConstraints(ctx context.Context, q Querier, byOID map[uint32]*Table) error {

@@ -12,6 +12,15 @@ import (
 	"github.com/waystage/waystage/internal/pgtest"
 )
 
+// columns are n columns for CREATE TABLE.
+func columns(n int) string {
+	var l []string
+	for i := range n {
+		l = append(l, fmt.Sprintf("c%d int", i))
+	}
+	return strings.Join(l, ", ")
+}
+
 // Every refusal names the table and a remedy; a remedy that is a statement is run, and helps.
 func TestReadTablesRefuses(t *testing.T) {
 	ctx := testContext(t)
@@ -27,7 +36,15 @@ func TestReadTablesRefuses(t *testing.T) {
 		{"nokey_unique", "CREATE TABLE %s (a int NOT NULL UNIQUE)", "has no primary key", `ALTER TABLE %s ADD PRIMARY KEY ("a")`},
 		{"view", "CREATE VIEW %s AS SELECT 1 AS a", "is a view", ""},
 		{"matview", "CREATE MATERIALIZED VIEW %s AS SELECT 1 AS a", "is a view", ""},
-		{"root", "CREATE TABLE %s (a int PRIMARY KEY) PARTITION BY LIST (a)", "is a partitioned table", ""},
+		{"root", "CREATE TABLE %s (a int PRIMARY KEY) PARTITION BY LIST (a); CREATE UNLOGGED TABLE test.leaf1 PARTITION OF %[1]s FOR VALUES IN (1)", "its partition test.leaf1 is unlogged", `ALTER TABLE test.leaf1 SET LOGGED`},
+		{"root_nothing", "CREATE TABLE %s (a int PRIMARY KEY) PARTITION BY LIST (a); CREATE TABLE test.leaf2 PARTITION OF %[1]s DEFAULT; ALTER TABLE test.leaf2 REPLICA IDENTITY NOTHING", "do not carry the primary key", `ALTER TABLE test.leaf2 REPLICA IDENTITY DEFAULT`},
+		{"root_foreign", "CREATE FOREIGN DATA WRAPPER w; CREATE SERVER w FOREIGN DATA WRAPPER w; CREATE TABLE %s (a int) PARTITION BY LIST (a); CREATE FOREIGN TABLE test.leaf3 PARTITION OF %[1]s DEFAULT SERVER w", "has no primary key", ""},
+		{"foreign", "CREATE FOREIGN TABLE %s (a int) SERVER w", "is a foreign table", ""},
+		{"naming", "CREATE TABLE %s (a int PRIMARY KEY, b regclass)", "names an object of the database", `ALTER TABLE %s ALTER COLUMN "b" TYPE text`},
+		{"naming_deep", "CREATE TYPE test.inner AS (r regrole[]); CREATE DOMAIN test.outer AS test.inner[]; CREATE TABLE %s (a int PRIMARY KEY, b test.outer)", "names an object of the database", ""},
+		{"granted", "CREATE TABLE %s (a int PRIMARY KEY, b aclitem)", "names an object of the database", ""},
+		{"mute", "CREATE TABLE %s (a int PRIMARY KEY, b pg_node_tree)", "cannot be read back from its text", ""},
+		{"wide", "CREATE TABLE %s (a int PRIMARY KEY, " + columns(1590) + ")", "at most 1590", ""},
 		{"unlogged", "CREATE UNLOGGED TABLE %s (a int PRIMARY KEY)", "is unlogged", `ALTER TABLE %s SET LOGGED`},
 		{"nothing", "CREATE TABLE %s (a int PRIMARY KEY); ALTER TABLE %[1]s REPLICA IDENTITY NOTHING", "REPLICA IDENTITY NOTHING", `ALTER TABLE %s REPLICA IDENTITY DEFAULT`},
 		{"byindex", "CREATE TABLE %s (a int PRIMARY KEY, b int NOT NULL UNIQUE); ALTER TABLE %[1]s REPLICA IDENTITY USING INDEX byindex_b_key", "another index", `ALTER TABLE %s REPLICA IDENTITY DEFAULT`},
@@ -39,6 +56,9 @@ func TestReadTablesRefuses(t *testing.T) {
 	if version >= 180000 {
 		cases = append(cases, refusal{"full", "CREATE TABLE %s (a int PRIMARY KEY, b int GENERATED ALWAYS AS (a) STORED); ALTER TABLE %[1]s REPLICA IDENTITY FULL", "REPLICA IDENTITY FULL", `ALTER TABLE %s REPLICA IDENTITY DEFAULT`},
 			refusal{"period", "CREATE TABLE %s (a int4range, b daterange, PRIMARY KEY (a, b WITHOUT OVERLAPS))", "WITHOUT OVERLAPS", ""})
+	}
+	if version < 160000 {
+		cases = append(cases, refusal{"byte", `CREATE TABLE %s (a int PRIMARY KEY, b "char")`, "no text for values above 127", `ALTER TABLE %s ALTER COLUMN "b" TYPE text`})
 	}
 	exec(t, conn, "CREATE SCHEMA test")
 	for _, c := range cases {
@@ -65,7 +85,7 @@ func TestReadTablesRefuses(t *testing.T) {
 		if c.statement == "" {
 			continue
 		}
-		statement := fmt.Sprintf(c.statement, ident)
+		statement := strings.ReplaceAll(c.statement, "%s", ident)
 		if !strings.Contains(problems[0].Remedy, statement) {
 			t.Errorf("%s: remedy %q, want %q", c.name, problems[0].Remedy, statement)
 		}

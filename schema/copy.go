@@ -29,10 +29,11 @@ type tally struct {
 	left        int // chunks
 }
 
-// chunk is a range of a table's heap pages.
+// chunk is a range of the heap pages of a table or of one of its partitions.
 type chunk struct {
 	table    *Table
-	from, to int64 // to < 0: to the end
+	heap     string // the name at the source, quoted
+	from, to int64  // to < 0: to the end
 }
 
 const (
@@ -115,34 +116,57 @@ func (c *copier) plan(ctx context.Context, conn *pgx.Conn, tables []*Table) ([]c
 	c.done = map[*Table]*tally{}
 	var out []chunk
 	for _, t := range tables {
-		var pages, heap, all, estimate int64
-		err := conn.QueryRow(ctx, `SELECT pg_relation_size(c.oid) / current_setting('block_size')::int, pg_relation_size(c.oid), pg_table_size(c.oid), greatest(c.reltuples, 0)::bigint
-			FROM pg_class c WHERE c.oid = $1::text::regclass`, t.Ident()).Scan(&pages, &heap, &all, &estimate)
-		if err != nil {
-			return nil, fmt.Errorf("size of %s: %w", t.FullName(), err)
-		}
-		if heap <= countBytes {
-			if err := conn.QueryRow(ctx, "SELECT count(*) FROM ONLY "+t.Ident()).Scan(&estimate); err != nil {
-				return nil, fmt.Errorf("count %s: %w", t.FullName(), err)
+		heaps := []string{t.Ident()}
+		if t.Partitioned {
+			rows, err := conn.Query(ctx, "SELECT relid::regclass::text FROM pg_partition_tree($1::text::regclass) WHERE isleaf ORDER BY relid", t.Ident())
+			if err != nil {
+				return nil, fmt.Errorf("partitions of %s: %w", t.FullName(), err)
+			}
+			if heaps, err = pgx.CollectRows(rows, pgx.RowTo[string]); err != nil {
+				return nil, fmt.Errorf("partitions of %s: %w", t.FullName(), err)
 			}
 		}
-		step := max(1, pages)
-		if all > chunkBytes {
-			step = max(1, chunkBytes*pages/all)
-		}
-		tl := &tally{total: estimate}
+		tl := &tally{}
 		c.done[t] = tl
-		for from := int64(0); from == 0 || from < pages; from += step {
-			to := from + step
-			if to >= pages {
-				to = -1 // pages that are newer than this look hold nothing that the snapshot sees
+		for _, heap := range heaps {
+			chunks, rows, err := planHeap(ctx, conn, t, heap)
+			if err != nil {
+				return nil, err
 			}
-			out = append(out, chunk{t, from, to})
-			tl.left++
+			out = append(out, chunks...)
+			tl.left += len(chunks)
+			tl.total += rows
 		}
 		c.report(t, 0, false)
 	}
 	return out, nil
+}
+
+// planHeap cuts one heap; rows is about how many it has.
+func planHeap(ctx context.Context, conn *pgx.Conn, t *Table, heap string) (out []chunk, rows int64, err error) {
+	var pages, size, all int64
+	err = conn.QueryRow(ctx, `SELECT pg_relation_size(c.oid) / current_setting('block_size')::int, pg_relation_size(c.oid), pg_table_size(c.oid), greatest(c.reltuples, 0)::bigint
+		FROM pg_class c WHERE c.oid = $1::text::regclass`, heap).Scan(&pages, &size, &all, &rows)
+	if err != nil {
+		return nil, 0, fmt.Errorf("size of %s: %w", heap, err)
+	}
+	if size <= countBytes {
+		if err := conn.QueryRow(ctx, "SELECT count(*) FROM ONLY "+heap).Scan(&rows); err != nil {
+			return nil, 0, fmt.Errorf("count %s: %w", heap, err)
+		}
+	}
+	step := max(1, pages)
+	if all > chunkBytes {
+		step = max(1, chunkBytes*pages/all)
+	}
+	for from := int64(0); from == 0 || from < pages; from += step {
+		to := from + step
+		if to >= pages {
+			to = -1 // pages that are newer than this look hold nothing that the snapshot sees
+		}
+		out = append(out, chunk{t, heap, from, to})
+	}
+	return out, rows, nil
 }
 
 func (c *copier) worker(ctx context.Context, src *pgx.Conn, work <-chan chunk) (err error) {
@@ -181,7 +205,7 @@ func (c *copier) chunk(ctx context.Context, src *pgconn.PgConn, dst *pgx.Conn, c
 	if ch.to >= 0 {
 		where += fmt.Sprintf(" AND ctid < '(%d,0)'", ch.to)
 	}
-	from := "COPY (SELECT " + quoteAll(names) + " FROM ONLY " + ch.table.Ident() + where + ") TO STDOUT"
+	from := "COPY (SELECT " + quoteAll(names) + " FROM ONLY " + ch.heap + where + ") TO STDOUT"
 	to := "COPY " + ch.table.Ident() + " (" + quoteAll(names) + ") FROM STDIN"
 	err = pgx.BeginFunc(ctx, dst, func(tx pgx.Tx) error {
 		if err := stillOurs(ctx, tx, c.run, "FOR SHARE"); err != nil {

@@ -192,8 +192,14 @@ func (t *Table) changedSince(old *Table) []Problem {
 		bad("its primary key was (%s) and is (%s) now", strings.Join(old.Key, ", "), strings.Join(t.Key, ", "))
 	}
 	for _, c := range t.Columns {
-		if o, ok := old.Column(c.Name); ok && o.MirrorType != c.MirrorType {
+		o, ok := old.Column(c.Name)
+		if !ok {
+			continue
+		}
+		if o.MirrorType != c.MirrorType {
 			bad("column %q was of type %s and is %s now", c.Name, o.Type, c.Type)
+		} else if why := c.reshaped(&o); why != "" {
+			bad("the values of column %q have another text now: %s", c.Name, why)
 		}
 	}
 	return out

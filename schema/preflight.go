@@ -266,6 +266,11 @@ func lookAtTable(ctx context.Context, c *pgx.Conn, server *findings, t *Table) e
 	if cascades > 0 {
 		f.add(Info, "cascades", "", "%d foreign key(s) of other tables act when a row is deleted here; rows they remove leave the devices too", cascades)
 	}
+	if t.Partitioned {
+		if err := lookAtPartitions(ctx, c, f, t, user); err != nil {
+			return err
+		}
+	}
 	if len(f.list) == 0 {
 		f.add(OK, "table", "", "%d columns, key (%s)", len(t.Columns), strings.Join(t.Key, ", "))
 	}

@@ -238,9 +238,10 @@ func (s *setup) publication(ctx context.Context) (exists bool, members []member,
 		return false, nil, &ProblemsError{[]Problem{{Message: "publication " + PublicationDown + " at the source is FOR ALL TABLES",
 			Remedy: "run at the source: DROP PUBLICATION " + PublicationDown + "; waystage makes its own with the synced tables only"}}}
 	}
-	if !complete || root {
-		if _, err := s.source.Exec(ctx, "ALTER PUBLICATION "+PublicationDown+" SET (publish = 'insert, update, delete, truncate', publish_via_partition_root = false)"); err != nil {
-			return false, nil, s.publicationRemedy(err, "ALTER PUBLICATION "+PublicationDown+" SET (publish = 'insert, update, delete, truncate', publish_via_partition_root = false)")
+	if !complete || !root {
+		sql := "ALTER PUBLICATION " + PublicationDown + " SET (publish = 'insert, update, delete, truncate', " + viaRoot + ")"
+		if _, err := s.source.Exec(ctx, sql); err != nil {
+			return false, nil, s.publicationRemedy(err, sql)
 		}
 	}
 	rows, err := s.source.Query(ctx, `SELECT n.nspname, c.relname, r.prqual IS NOT NULL OR r.prattrs IS NOT NULL FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid
@@ -254,6 +255,9 @@ func (s *setup) publication(ctx context.Context) (exists bool, members []member,
 	return true, members, err
 }
 
+// viaRoot has the rows of partitions published as those of the partitioned table that is synced.
+const viaRoot = "publish_via_partition_root = true"
+
 var progressTable = &Table{Schema: "waystage", Name: "progress"}
 
 // ensurePublication makes the source's publication, or completes one that an administrator made. exact also takes out
@@ -265,7 +269,7 @@ func (s *setup) ensurePublication(ctx context.Context, tables []*Table, exact bo
 		return err
 	}
 	if !exists {
-		sql := "CREATE PUBLICATION " + PublicationDown + " FOR TABLE " + idents(want)
+		sql := "CREATE PUBLICATION " + PublicationDown + " FOR TABLE " + idents(want) + " WITH (" + viaRoot + ")"
 		_, err := s.source.Exec(ctx, sql)
 		return s.publicationRemedy(err, sql)
 	}
@@ -352,7 +356,7 @@ func (s *setup) publicationRemedy(err error, sql string) error {
 func idents(tables []*Table) string {
 	out := make([]string, len(tables))
 	for i, t := range tables {
-		out[i] = "ONLY " + t.Ident()
+		out[i] = t.Own()
 	}
 	return strings.Join(out, ", ")
 }

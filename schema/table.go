@@ -17,9 +17,12 @@ type Column struct {
 	Default    string   `json:"default,omitempty"`  // constant default as text, if it is one
 	Identity   string   `json:"identity,omitempty"` // "", "a" (always) or "d" (by default)
 	Labels     []string `json:"labels,omitempty"`   // enum labels, when Type is an enum
-	Num        int16    `json:"num,omitempty"`      // attnum at the source: it survives a renaming
-	TypeOID    uint32   `json:"type_oid,omitempty"` // type and modifier as the change stream describes them
-	TypeMod    int32    `json:"type_mod,omitempty"`
+	// Shape has the members of every user-defined enum and composite that the type is made of: labels by "enum name",
+	// "attribute type" by "row name".
+	Shape   map[string][]string `json:"shape,omitempty"`
+	Num     int16               `json:"num,omitempty"`      // attnum at the source: it survives a renaming
+	TypeOID uint32              `json:"type_oid,omitempty"` // type and modifier as the change stream describes them
+	TypeMod int32               `json:"type_mod,omitempty"`
 }
 
 // ForeignKey of a synced table to another synced table.
@@ -41,7 +44,10 @@ type Table struct {
 	Unique  [][]string   `json:"unique,omitempty"`
 	Foreign []ForeignKey `json:"foreign,omitempty"`
 	OID     uint32       `json:"oid,omitempty"` // at the source: it survives a renaming
-	Stop    *Stop        `json:"-"`             // why the table does not take part; nil: it does
+	// Partitioned is set when the source's table is the root of partitions. In the mirror it is an ordinary table.
+	Partitioned bool   `json:"partitioned,omitempty"`
+	Stop        *Stop  `json:"-"` // why the table does not take part; nil: it does
+	Floor       string `json:"-"` // a copy shows the source up to this position; empty: the slot's beginning
 }
 
 // FullName is "schema.table", the name on the wire and in definitions.
@@ -49,6 +55,14 @@ func (t *Table) FullName() string { return t.Schema + "." + t.Name }
 
 // Ident is the quoted, qualified SQL name; the same at the source and in the mirror.
 func (t *Table) Ident() string { return Quote(t.Schema) + "." + Quote(t.Name) }
+
+// Own is the table in a FROM or LOCK clause at the source: with its partitions, without inheritance children.
+func (t *Table) Own() string {
+	if t.Partitioned {
+		return t.Ident()
+	}
+	return "ONLY " + t.Ident()
+}
 
 // Column finds a column by name.
 func (t *Table) Column(name string) (Column, bool) {
