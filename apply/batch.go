@@ -14,6 +14,7 @@ import (
 	"github.com/waystage/waystage/change"
 	"github.com/waystage/waystage/conflict"
 	"github.com/waystage/waystage/internal/sabotage"
+	"github.com/waystage/waystage/schema"
 )
 
 // ownTx is a transaction of the up worker, recognised by its first row: the move of our row in the source's progress table.
@@ -57,10 +58,11 @@ type batch struct {
 	tx pgx.Tx
 
 	tables   map[int]*tableRows
-	verdicts []*ownTx // committed transactions of ours whose verdicts are to be written
-	cur      *ownTx   // the open transaction, if it is ours
-	first    bool     // no row of the open transaction has come yet
-	locked   bool     // all tables are locked
+	verdicts []*ownTx   // committed transactions of ours whose verdicts are to be written
+	cur      *ownTx     // the open transaction, if it is ours
+	first    bool       // no row of the open transaction has come yet
+	at       change.LSN // where the open transaction was committed
+	locked   bool       // all tables are locked
 
 	rows      int // since the last flush
 	upSeq     int64
@@ -83,7 +85,7 @@ func (b *batch) table(t *table) *tableRows {
 func (b *batch) event(ctx context.Context, ev *change.Event) error {
 	switch ev.Kind {
 	case change.KindBegin:
-		b.cur, b.first = nil, true
+		b.cur, b.first, b.at = nil, true, ev.LSN
 		return nil
 	case change.KindCommit:
 		if b.cur != nil {
@@ -95,7 +97,8 @@ func (b *batch) event(ctx context.Context, ev *change.Event) error {
 		b.txs++
 		return nil
 	case change.KindRelation:
-		return b.d.describe(ev.Relation)
+		b.d.describe(ev.Relation)
+		return nil
 	case change.KindTruncate:
 		b.first = false
 		for _, id := range ev.IDs {
@@ -103,10 +106,18 @@ func (b *batch) event(ctx context.Context, ev *change.Event) error {
 			if !ok {
 				return fmt.Errorf("%w: truncate of a relation that was not described", change.ErrNotChangeData)
 			}
-			if rel.table != nil {
-				if err := b.truncate(ctx, rel.table); err != nil {
-					return err
-				}
+			var err error
+			switch t := rel.table; {
+			case t == nil || b.passed(t):
+			case rel.err != nil:
+				err = rel.err
+			case t.Stop != nil:
+				err = b.keepTruncate(ctx, t)
+			default:
+				err = b.truncate(ctx, t)
+			}
+			if err != nil {
+				return err
 			}
 		}
 		return nil
@@ -122,6 +133,12 @@ func (b *batch) event(ctx context.Context, ev *change.Event) error {
 	}
 	if rel.table == nil || b.cur != nil && sabotage.On(sabotage.SkipEchoes) {
 		return nil
+	}
+	if b.passed(rel.table) {
+		return nil
+	}
+	if rel.err != nil {
+		return rel.err
 	}
 	if err := b.row(ctx, rel, ev); err != nil {
 		return err
@@ -251,6 +268,9 @@ func (b *batch) current(ctx context.Context, t *table, key []string) (image, err
 	if st := b.table(t).rows[keyID(key)]; st != nil && st.img != nil && !st.img.holes() {
 		return st.img, nil
 	}
+	if t.Stop != nil {
+		return nil, &fault{t: t, code: schema.StopOperator, detail: fmt.Sprintf("key %q was changed to another during the copy, which is to be made again", key)}
+	}
 	if err := b.flush(ctx, false); err != nil {
 		return nil, err
 	}
@@ -281,8 +301,7 @@ func (b *batch) current(ctx context.Context, t *table, key []string) (image, err
 }
 
 func diverged(t *table, key []string, what string) error {
-	return &Error{CodeDiverged, fmt.Sprintf("the source %s: table %s, key %q", what, t.FullName(), key),
-		"The mirror is not what it was: `waystage serve --recopy` copies the tables anew; devices keep their changes"}
+	return &fault{t: t, code: schema.StopDiverged, detail: fmt.Sprintf("the source %s: key %q", what, key)}
 }
 
 // lock takes the locks of all that the flush will read or write.
@@ -343,13 +362,18 @@ func (b *batch) flush(ctx context.Context, last bool) error {
 	}
 	for _, id := range ids {
 		tr := b.tables[id]
-		if !busy[id] && len(decided[id]) == 0 {
+		switch {
+		case tr.Stop != nil:
+			if err = tr.keep(ctx, b.tx); err == nil && len(decided[id]) > 0 {
+				err = b.dropIdleBases(ctx, id)
+			}
+		case !busy[id] && len(decided[id]) == 0:
 			err = tr.write(ctx, b.tx, tr.order)
-		} else {
+		default:
 			err = tr.routed(ctx, b.tx, decided[id])
 		}
 		if err != nil {
-			return err
+			return mirrorFault(tr.table, err)
 		}
 	}
 	clear(b.tables)

@@ -11,6 +11,7 @@ import (
 
 	"github.com/waystage/waystage/change"
 	"github.com/waystage/waystage/internal/leader"
+	"github.com/waystage/waystage/internal/trouble"
 	"github.com/waystage/waystage/schema"
 )
 
@@ -31,6 +32,7 @@ type DownConfig struct {
 	FlushRows int           // rows held in memory at most; 0: BatchRows
 	HoldBytes int           // change data of one transaction that the queue keeps until it is committed; 0: DefaultHoldBytes
 	Linger    time.Duration // how long a batch waits for more while data flows; 0: DefaultLinger
+	Silence   time.Duration // a commit of a session that is to end is waited for so long; 0: DefaultSilence
 }
 
 // Down applies the source's transactions to the mirror, in commit order.
@@ -41,6 +43,7 @@ type Down struct {
 
 	// Of the current session.
 	epoch     string
+	layout    int64
 	byID      map[int]*table
 	byName    map[string]*table
 	relations map[uint32]*relation
@@ -64,6 +67,9 @@ func NewDown(cfg DownConfig) *Down {
 	if cfg.Linger <= 0 {
 		cfg.Linger = DefaultLinger
 	}
+	if cfg.Silence <= 0 {
+		cfg.Silence = DefaultSilence
+	}
 	return &Down{cfg: cfg, log: cfg.Log.Named("apply").With(zap.String("direction", "down"))}
 }
 
@@ -74,6 +80,9 @@ func (d *Down) Run(ctx context.Context) error {
 
 // load reads what a session needs to know of the mirror.
 func (d *Down) load(ctx context.Context, conn *pgx.Conn) (position change.LSN, upSeq int64, err error) {
+	if d.layout, err = schema.Layout(ctx, conn); err != nil {
+		return 0, 0, fmt.Errorf("layout: %w", err)
+	}
 	tables, err := d.cfg.Tables(ctx)
 	if err != nil {
 		return 0, 0, fmt.Errorf("synced tables: %w", err)
@@ -112,38 +121,16 @@ func readEpoch(ctx context.Context, conn *pgx.Conn) (epoch string, err error) {
 	return epoch, nil
 }
 
-// describe takes a relation description.
-func (d *Down) describe(desc *change.Relation) error {
-	if desc.Schema == "waystage" && desc.Name == "progress" {
-		d.relations[desc.ID] = &relation{marker: true, desc: desc}
-		return nil
-	}
-	name := desc.Schema + "." + desc.Name
-	t := d.byName[name]
-	if t == nil {
-		if !d.unknown[name] {
-			d.unknown[name] = true
-			d.log.Warn("change data of a table that is not synced is ignored", zap.String("table", name))
-		}
-		d.relations[desc.ID] = &relation{desc: desc}
-		return nil
-	}
-	rel, err := t.bind(desc)
-	if err != nil {
-		return err
-	}
-	d.relations[desc.ID] = rel
-	return nil
-}
-
 // session applies from the mirror's position until something breaks.
-func (d *Down) session(ctx context.Context) error {
+func (d *Down) session(ctx context.Context) (err error) {
 	d.state.set("starting", nil)
 	conn, err := connectMirror(ctx, d.cfg.Mirror, "waystage apply down")
 	if err != nil {
 		return err
 	}
 	defer closeConn(conn)
+	ctx, watch := watchOver(ctx, d.cfg.Silence, "", conn)
+	defer func() { err = watch.end(err) }()
 	position, upSeq, err := d.load(ctx, conn)
 	if err != nil {
 		return err
@@ -157,6 +144,9 @@ func (d *Down) session(ctx context.Context) error {
 		purge: purger{q: d.cfg.Changes, log: d.log}}
 	defer s.abandon()
 	d.log.Info("applying", zap.Stringer("from", position))
+	if err := trouble.Clear(ctx, conn, partOf(leader.ApplyDown)); err != nil {
+		return err
+	}
 	d.state.begin(position)
 	err = s.run(ctx)
 	if errors.Is(err, errGap) || errors.Is(err, change.ErrNotChangeData) {
@@ -166,7 +156,8 @@ func (d *Down) session(ctx context.Context) error {
 			return err
 		}
 	}
-	return err
+	s.abandon()
+	return stopFaulty(ctx, conn, d.layout, err, d.log)
 }
 
 type downSession struct {
@@ -236,10 +227,17 @@ func (s *downSession) event(ctx context.Context, ev *change.Event) error {
 			return fmt.Errorf("begin: %w", err)
 		}
 		s.tx, s.began = tx, time.Now()
-		// Whoever has this row is the only one who applies.
+		// Whoever has this row is the only one who applies. The layout is read when it is ours: it does not move then.
 		var at string
-		if err := tx.QueryRow(ctx, "SELECT position::text FROM waystage.progress WHERE direction = 'down' FOR UPDATE").Scan(&at); err != nil {
+		var layout int64
+		first := &pgx.Batch{}
+		first.Queue("SELECT position::text FROM waystage.progress WHERE direction = 'down' FOR UPDATE").QueryRow(func(row pgx.Row) error { return row.Scan(&at) })
+		first.Queue("SELECT value::bigint FROM waystage.meta WHERE key = 'layout'").QueryRow(func(row pgx.Row) error { return row.Scan(&layout) })
+		if err := tx.SendBatch(ctx, first).Close(); err != nil {
 			return fmt.Errorf("read progress: %w", err)
+		}
+		if layout != s.d.layout {
+			return errLayout
 		}
 		if lsn, err := change.ParseLSN(at); err != nil || lsn != s.position {
 			return fmt.Errorf("%w: down stands at %s, expected %s", errFenced, at, s.position)
@@ -247,7 +245,8 @@ func (s *downSession) event(ctx context.Context, ev *change.Event) error {
 		s.b = &batch{d: s.d, tx: tx, tables: map[int]*tableRows{}, upSeq: s.upSeq}
 	}
 	if s.b == nil {
-		return s.d.describe(ev.Relation)
+		s.d.describe(ev.Relation)
+		return nil
 	}
 	return s.b.event(ctx, ev)
 }

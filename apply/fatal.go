@@ -4,8 +4,8 @@
 // It promises that every transaction is applied exactly once, by moving a position or a chain in the same target
 // transaction; that a mirror row with pending changes is never overwritten, only its base image is (rule R2); that
 // nothing is written to the source unless the row there is byte for byte what the change was made on (rule R3); and that
-// every change gets exactly one verdict. What is decided is decided by package conflict. cmd runs one Down and one Up,
-// any number of standbys.
+// every change gets exactly one verdict; and that a table whose shape the source has changed stops alone. What is decided
+// is decided by package conflict. cmd runs one Down and one Up, any number of standbys.
 package apply
 
 import "fmt"
@@ -15,10 +15,8 @@ type Code string
 
 // Codes.
 const (
-	CodeTable    Code = "table_changed"    // a synced table no longer has the shape that was set up
-	CodeIdentity Code = "replica_identity" // change data does not carry primary keys
-	CodeDiverged Code = "mirror_diverged"  // the mirror lacks a row that the source updates
-	CodeProgress Code = "no_progress"      // a progress row is missing
+	CodeProgress   Code = "no_progress"    // a progress row is missing
+	CodeServerBack Code = "server_is_back" // source or mirror lacks what the other one has had of it: restored, or failed over
 )
 
 // Error stops an apply for good: retrying cannot help and going on would lose changes.
@@ -30,4 +28,7 @@ type Error struct {
 
 func (e *Error) Error() string { return fmt.Sprintf("apply: %s: %s. %s", e.Code, e.Detail, e.Remedy) }
 
-const remedyIdentity = "Set the table's replica identity to its primary key: ALTER TABLE ... REPLICA IDENTITY DEFAULT"
+const remedyIdentity = "ALTER TABLE ... REPLICA IDENTITY DEFAULT makes it so"
+
+const remedyBack = "Was the server restored from a backup, or was a standby promoted that lacked its last transactions? " +
+	"Then copy the tables anew: `waystage serve --recopy`; devices keep their changes"

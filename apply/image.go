@@ -31,7 +31,7 @@ func (g image) fill(older image) {
 	}
 }
 
-// json is the form in which side tables keep images: {column: text or null}.
+// json is the form in which side tables keep images: {column: text or null}. What is not known is left out.
 func (t *table) json(g image) *string {
 	if g == nil {
 		return nil
@@ -39,7 +39,10 @@ func (t *table) json(g image) *string {
 	var b bytes.Buffer
 	b.WriteByte('{')
 	for i, v := range g {
-		if i > 0 {
+		if v == hole {
+			continue
+		}
+		if b.Len() > 1 {
 			b.WriteByte(',')
 		}
 		name, _ := json.Marshal(t.Columns[i].Name) // a string always has a JSON form

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -76,35 +77,10 @@ func (s *upSession) dependsOn(c *upChange) (refusal, bool) {
 	}
 	for _, fk := range c.t.Foreign {
 		parent := s.byName[fk.Table]
-		if parent == nil || len(fk.Refers) != len(parent.Key) {
+		if parent == nil {
 			continue
 		}
-		key := make([]string, len(parent.Key))
-		touched, complete := false, true
-		for j, name := range parent.Key {
-			at := -1
-			for i, r := range fk.Refers {
-				if r == name {
-					at = i
-				}
-			}
-			if at < 0 || at >= len(fk.Columns) {
-				complete = false
-				break
-			}
-			v, ok := c.img[fk.Columns[at]]
-			touched = touched || ok
-			if !ok && c.op == conflict.Update && c.old != nil {
-				if old, err := jsonValues(*c.old); err == nil {
-					v = old[fk.Columns[at]]
-				}
-			}
-			if v == nil {
-				complete = false
-				break
-			}
-			key[j] = *v
-		}
+		key, touched, complete := c.refersTo(fk, parent)
 		if !touched || !complete {
 			continue
 		}
@@ -116,6 +92,33 @@ func (s *upSession) dependsOn(c *upChange) (refusal, bool) {
 		}
 	}
 	return refusal{}, false
+}
+
+// refersTo is the primary key of the parent row that a change refers to by a foreign key; touched tells whether the change
+// writes a column of it, complete whether the key is known and not null.
+func (c *upChange) refersTo(fk schema.ForeignKey, parent *table) (key []string, touched, complete bool) {
+	if len(fk.Refers) != len(parent.Key) {
+		return nil, false, false
+	}
+	key = make([]string, len(parent.Key))
+	for j, name := range parent.Key {
+		at := slices.Index(fk.Refers, name)
+		if at < 0 || at >= len(fk.Columns) {
+			return nil, touched, false
+		}
+		v, ok := c.img[fk.Columns[at]]
+		touched = touched || ok
+		if !ok && c.op == conflict.Update && c.old != nil {
+			if old, err := jsonValues(*c.old); err == nil {
+				v = old[fk.Columns[at]]
+			}
+		}
+		if v == nil {
+			return nil, touched, false
+		}
+		key[j] = *v
+	}
+	return key, touched, true
 }
 
 // recallRefused reads the refused inserts that changes still pending may depend on.

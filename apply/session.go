@@ -46,6 +46,7 @@ func lead(ctx context.Context, mirror string, seat leader.Seat, log *zap.Logger,
 			var own *Error
 			if errors.As(err, &own) {
 				st.set("failed", err)
+				report(ctx, mirror, partOf(seat), own, log)
 				return err
 			}
 			if time.Since(began) > worked {
@@ -55,6 +56,9 @@ func lead(ctx context.Context, mirror string, seat leader.Seat, log *zap.Logger,
 			switch {
 			case errors.Is(err, errCut):
 				log.Info("capture began a new run; reading on from its beginning")
+				wait = backoffFirst
+			case errors.Is(err, errLayout):
+				log.Info("the layout of the tables has changed; beginning anew with it")
 				wait = backoffFirst
 			case errors.Is(err, errRead):
 				log.Info("reading change data anew", zap.Error(err), zap.Duration("in", wait))
@@ -73,6 +77,14 @@ func lead(ctx context.Context, mirror string, seat leader.Seat, log *zap.Logger,
 	})
 }
 
+// partOf is a direction's name among the troubles.
+func partOf(seat leader.Seat) string {
+	if seat == leader.ApplyUp {
+		return "apply-up"
+	}
+	return "apply-down"
+}
+
 // connectMirror opens the connection that applies. Joins with small sets must go by the index: at batch sizes the planner
 // would read the whole table otherwise.
 func connectMirror(ctx context.Context, dsn, app string) (*pgx.Conn, error) {
@@ -89,6 +101,10 @@ func connectMirror(ctx context.Context, dsn, app string) (*pgx.Conn, error) {
 	conn, err := pgx.ConnectConfig(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the mirror: %w", err)
+	}
+	if err := takeOver(ctx, conn); err != nil {
+		closeConn(conn)
+		return nil, err
 	}
 	return conn, nil
 }

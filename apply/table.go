@@ -13,8 +13,9 @@ import (
 // leave every cast to the server (rule R5), and all work on any number of rows.
 type table struct {
 	*schema.Table
-	keys []int          // places of the key columns in Columns
-	at   map[string]int // places of all columns
+	keys  []int          // places of the key columns in Columns
+	at    map[string]int // places of all columns
+	floor change.LSN     // what the source committed before is in the mirror
 
 	deleteRows string // keys
 	upsertRows string // columns
@@ -28,17 +29,21 @@ type table struct {
 }
 
 func newTable(t *schema.Table) (*table, error) {
-	if len(t.Key) == 0 {
-		return nil, &Error{CodeTable, fmt.Sprintf("table %s has no primary key", t.FullName()), "Give it one and start `waystage serve` again"}
-	}
 	w := &table{Table: t, at: make(map[string]int, len(t.Columns))}
+	if t.Floor != "" {
+		floor, err := change.ParseLSN(t.Floor)
+		if err != nil {
+			return nil, err
+		}
+		w.floor = floor
+	}
 	for i, c := range t.Columns {
 		w.at[c.Name] = i
 	}
 	for _, k := range t.Key {
 		i, ok := w.at[k]
 		if !ok {
-			return nil, &Error{CodeTable, fmt.Sprintf("key column %s of table %s is not among its columns", k, t.FullName()), "Start `waystage serve` again"}
+			return nil, fmt.Errorf("waystage.synced_table: key column %s of table %s is not among its columns", k, t.FullName())
 		}
 		w.keys = append(w.keys, i)
 	}
@@ -163,7 +168,7 @@ func (w *table) keyOf(g image) ([]string, error) {
 	key := make([]string, len(w.keys))
 	for j, i := range w.keys {
 		if g[i] == nil || g[i] == hole {
-			return nil, &Error{CodeIdentity, fmt.Sprintf("a row of %s came without its primary key", w.FullName()), remedyIdentity}
+			return nil, &fault{t: w, code: schema.StopIdentity, detail: "a row came without its primary key; " + remedyIdentity}
 		}
 		key[j] = *g[i] // the output function's text, which is the canonical one
 	}
@@ -222,35 +227,54 @@ type relation struct {
 	marker bool   // the source's waystage.progress
 	desc   *change.Relation
 	column []int // for each tuple column its place in the table, -1: not synced
+	err    error // why its rows cannot be taken: a *fault
 }
 
-func (w *table) bind(desc *change.Relation) (*relation, error) {
+// bind compares the description with the table as it was set up. Columns that are new at the source are passed over.
+func (w *table) bind(desc *change.Relation) *relation {
 	r := &relation{table: w, desc: desc, column: make([]int, len(desc.Columns))}
-	seen, key := 0, 0
+	bad := func(code schema.StopCode, format string, args ...any) *relation {
+		r.err = &fault{t: w, code: code, detail: fmt.Sprintf(format, args...)}
+		return r
+	}
+	if w.OID != 0 && desc.ID != w.OID {
+		return bad(schema.StopReplaced, "another table has this name at the source now")
+	}
+	seen := make([]bool, len(w.Columns))
+	var key []string
 	for i, c := range desc.Columns {
+		if c.Key {
+			key = append(key, c.Name)
+		}
 		j, ok := w.at[c.Name]
 		if !ok {
 			r.column[i] = -1
 			continue
 		}
-		r.column[i] = j
-		seen++
-		if c.Key && slices.Contains(w.keys, j) {
-			key++
+		r.column[i], seen[j] = j, true
+		if was := w.Columns[j]; was.TypeOID != 0 && (was.TypeOID != c.Type || was.TypeMod != c.Mod) {
+			return bad(schema.StopType, "column %s was %s and has another type now", c.Name, was.Type)
 		}
 	}
-	if seen < len(w.Columns) {
-		for _, c := range w.Columns {
-			if !slices.ContainsFunc(desc.Columns, func(d change.RelationColumn) bool { return d.Name == c.Name }) {
-				return nil, &Error{CodeTable, fmt.Sprintf("column %s of table %s is gone at the source", c.Name, w.FullName()),
-					"Start `waystage serve` again to take the new shape of the table over; changes wait until then"}
+	if j := slices.Index(seen, false); j >= 0 {
+		return bad(schema.StopColumn, "column %s is gone at the source", w.Columns[j].Name)
+	}
+	// The full identity marks every column.
+	if desc.Identity == 'f' {
+		return r
+	}
+	for _, k := range w.Key {
+		if !slices.Contains(key, k) {
+			if desc.Identity == 'd' && len(key) > 0 {
+				return bad(schema.StopKey, "the primary key was (%s) and is (%s) now", strings.Join(w.Key, ", "), strings.Join(key, ", "))
 			}
+			return bad(schema.StopIdentity, "the replica identity does not cover the primary key; %s", remedyIdentity)
 		}
 	}
-	if key < len(w.keys) {
-		return nil, &Error{CodeIdentity, fmt.Sprintf("the replica identity of %s does not cover its primary key", w.FullName()), remedyIdentity}
+	if len(key) > len(w.Key) {
+		return bad(schema.StopKey, "the primary key was (%s) and is (%s) now", strings.Join(w.Key, ", "), strings.Join(key, ", "))
 	}
-	return r, nil
+	return r
 }
 
 // image maps a tuple. Values that were not sent are holes.

@@ -57,7 +57,8 @@ func openSource(ctx context.Context, dsn string) (*pgx.Conn, error) {
 	return conn, nil
 }
 
-// readTargets reads the source's types of the tables.
+// readTargets reads the source's types of the tables, and compares what it has with what was set up: a *fault if something
+// that we write or compare is another thing now. Stopped tables are not compared.
 func readTargets(ctx context.Context, conn *pgx.Conn, tables map[int]*table) (map[int]*target, error) {
 	out := map[int]*target{}
 	var ids []int
@@ -67,21 +68,41 @@ func readTargets(ctx context.Context, conn *pgx.Conn, tables map[int]*table) (ma
 		out[id] = &target{table: t, full: make([]string, n), bare: make([]string, n), identity: make([]bool, n), sql: map[string]string{}}
 		ids, schemas, names = append(ids, id), append(schemas, t.Schema), append(names, t.Name)
 	}
-	rows, err := conn.Query(ctx, `SELECT q.id, a.attname, format_type(a.atttypid, a.atttypmod), format_type(a.atttypid, -1), a.attidentity = 'a',
-			coalesce((SELECT NOT i.indimmediate FROM pg_index AS i WHERE i.indrelid = c.oid AND i.indisprimary), false)
+	rows, err := conn.Query(ctx, `SELECT q.id, c.oid, a.attname, a.atttypid, a.atttypmod, format_type(a.atttypid, a.atttypmod), format_type(a.atttypid, -1),
+			a.attidentity = 'a', coalesce(NOT i.indimmediate, false), coalesce(a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]), false)
 		FROM unnest($1::int[], $2::text[], $3::text[]) AS q(id, s, n)
 		JOIN pg_namespace AS s ON s.nspname = q.s JOIN pg_class AS c ON c.relnamespace = s.oid AND c.relname = q.n
+		LEFT JOIN pg_index AS i ON i.indrelid = c.oid AND i.indisprimary
 		JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped`, ids, schemas, names)
 	if err != nil {
 		return nil, fmt.Errorf("read the source's catalog: %w", err)
 	}
 	var id int
+	var oid, typ uint32
+	var mod int32
 	var name, full, bare string
-	var identity, deferred bool
-	_, err = pgx.ForEachRow(rows, []any{&id, &name, &full, &bare, &identity, &deferred}, func() error {
+	var identity, deferred, key bool
+	there, keys := map[int]bool{}, map[int][]string{}
+	var found *fault
+	bad := func(t *target, code schema.StopCode, format string, args ...any) {
+		if t.Stop == nil && found == nil {
+			found = &fault{t: t.table, code: code, detail: fmt.Sprintf(format, args...)}
+		}
+	}
+	_, err = pgx.ForEachRow(rows, []any{&id, &oid, &name, &typ, &mod, &full, &bare, &identity, &deferred, &key}, func() error {
 		t := out[id]
+		there[id] = true
+		if t.OID != 0 && t.OID != oid {
+			bad(t, schema.StopReplaced, "another table has this name at the source now")
+		}
+		if key {
+			keys[id] = append(keys[id], name)
+		}
 		if i, ok := t.at[name]; ok {
 			t.full[i], t.bare[i], t.identity[i] = full, bare, identity
+			if was := t.Columns[i]; was.TypeOID != 0 && (was.TypeOID != typ || was.TypeMod != mod) {
+				bad(t, schema.StopType, "column %s was %s and is %s now", name, was.Type, full)
+			}
 		}
 		t.deferred = deferred
 		return nil
@@ -89,11 +110,21 @@ func readTargets(ctx context.Context, conn *pgx.Conn, tables map[int]*table) (ma
 	if err != nil {
 		return nil, fmt.Errorf("read the source's catalog: %w", err)
 	}
-	for _, t := range out {
-		if i := slices.Index(t.full, ""); i >= 0 {
-			return nil, &Error{CodeTable, fmt.Sprintf("the source has no column %s in table %s", t.Columns[i].Name, t.FullName()),
-				"Start `waystage serve` again to take the new shape of the table over; changes wait until then"}
+	for id, t := range out {
+		if !there[id] {
+			bad(t, schema.StopMissing, "the source has no table of this name")
+			continue
 		}
+		if i := slices.Index(t.full, ""); i >= 0 {
+			bad(t, schema.StopColumn, "column %s is gone at the source", t.Columns[i].Name)
+		}
+		was, is := slices.Sorted(slices.Values(t.Key)), slices.Sorted(slices.Values(keys[id]))
+		if !slices.Equal(was, is) {
+			bad(t, schema.StopKey, "the primary key was (%s) and is (%s) now", strings.Join(was, ", "), strings.Join(is, ", "))
+		}
+	}
+	if found != nil {
+		return nil, found
 	}
 	return out, nil
 }
@@ -106,6 +137,11 @@ const (
 	formUpdate form = 'U' // expects a row
 	formDelete form = 'D' // expects a row
 	formGone   form = 'G' // a delete that expects no row: nothing to do but to look
+
+	// Of a group that is written alone:
+	formLock    form = 'L' // looks whether a row is as expected, and locks it
+	formRewrite form = 'R' // formUpdate of a locked row
+	formRemove  form = 'X' // formDelete of a locked row, if this transaction has left it there
 )
 
 func (t *target) quoted(i int) string { return schema.Quote(t.Columns[i].Name) }
@@ -156,7 +192,7 @@ func (t *target) statement(f form, cols []int) string {
 		} else {
 			sql += fmt.Sprintf(" ON CONFLICT (%s) DO NOTHING", t.list(t.keys, t.quoted))
 		}
-	case formUpdate:
+	case formUpdate, formRewrite:
 		sets := t.list(cols, func(i int) string { return fmt.Sprintf("%s = u.c%d::%s", t.quoted(i), i, t.bare[i]) })
 		if len(cols) == 0 { // no column to write: touch the row, so that its triggers and ours see the change
 			touch := 0
@@ -168,11 +204,19 @@ func (t *target) statement(f form, cols []int) string {
 			}
 			sets = fmt.Sprintf("%[1]s = m.%[1]s", t.quoted(touch))
 		}
-		sql = fmt.Sprintf("UPDATE %s AS m SET %s FROM %s WHERE %s AND %s RETURNING u.i", t.Ident(), sets,
-			t.unnest(append(slices.Clone(t.keys), cols...), 1, "old jsonb", ordinality), t.match(), t.same())
+		more, same := []string{"old jsonb", ordinality}, " AND "+t.same()
+		if f == formRewrite {
+			more, same = more[1:], ""
+		}
+		sql = fmt.Sprintf("UPDATE %s AS m SET %s FROM %s WHERE %s%s RETURNING u.i", t.Ident(), sets,
+			t.unnest(append(slices.Clone(t.keys), cols...), 1, more...), t.match(), same)
 	case formDelete:
 		sql = fmt.Sprintf("DELETE FROM %s AS m USING %s WHERE %s AND %s RETURNING u.i", t.Ident(),
 			t.unnest(t.keys, 1, "old jsonb", ordinality), t.match(), t.same())
+	case formRemove:
+		sql = fmt.Sprintf("DELETE FROM %s AS m USING %s WHERE %s", t.Ident(), t.unnest(t.keys, 1), t.match())
+	case formLock:
+		sql = fmt.Sprintf("SELECT u.i FROM %s JOIN %s AS m ON %s WHERE %s FOR UPDATE OF m", t.unnest(t.keys, 1, "old jsonb", ordinality), t.Ident(), t.match(), t.same())
 	case formGone:
 		sql = fmt.Sprintf("SELECT u.i FROM %s WHERE EXISTS (SELECT 1 FROM %s AS m WHERE %s)", t.unnest(t.keys, 1, ordinality), t.Ident(), t.match())
 	}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/waystage/waystage/change"
 	"github.com/waystage/waystage/internal/leader"
+	"github.com/waystage/waystage/internal/trouble"
 	"github.com/waystage/waystage/schema"
 )
 
@@ -30,6 +31,7 @@ type UpConfig struct {
 	Worker       string        // name of this process, for people who read the source's progress table
 	BatchChanges int           // changes in one source transaction at most; 0: DefaultBatchChanges
 	Linger       time.Duration // how long a batch waits for more while data flows; 0: DefaultLinger
+	Silence      time.Duration // a server that does not answer for so long is taken to be gone; 0: DefaultSilence
 }
 
 // Up applies devices' merged changes to the source, in the mirror's commit order.
@@ -49,6 +51,9 @@ func NewUp(cfg UpConfig) *Up {
 	}
 	if cfg.Linger <= 0 {
 		cfg.Linger = DefaultLinger
+	}
+	if cfg.Silence <= 0 {
+		cfg.Silence = DefaultSilence
 	}
 	if cfg.Worker == "" {
 		host, _ := os.Hostname()
@@ -81,7 +86,9 @@ type upSession struct {
 	byName map[string]*table
 	tables map[int]*target
 	epoch  string
+	layout int64
 	purge  purger
+	parked parked
 
 	seq      int64      // of the source's progress row: the chain, which every source transaction demands and moves
 	term     int64      // what seq was when the session began: every refusal demands it of the mirror
@@ -106,10 +113,9 @@ type mark struct {
 	at     time.Time
 }
 
-func (u *Up) session(ctx context.Context) error {
+func (u *Up) session(ctx context.Context) (err error) {
 	u.state.set("starting", nil)
 	s := &upSession{u: u, ledger: map[uint32]*ledger{}, refused: map[string]time.Time{}, purge: purger{q: u.cfg.Changes, log: u.log}}
-	var err error
 	if s.mirror, err = connectMirror(ctx, u.cfg.Mirror, "waystage apply up"); err != nil {
 		return err
 	}
@@ -118,14 +124,19 @@ func (u *Up) session(ctx context.Context) error {
 		return err
 	}
 	defer closeConn(s.source)
+	ctx, watch := watchOver(ctx, u.cfg.Silence, u.cfg.Source, s.mirror, s.source)
+	defer func() { err = watch.end(err) }()
 	if err := s.load(ctx); err != nil {
-		return err
+		return stopFaulty(ctx, s.mirror, s.layout, err, u.log)
 	}
 	if s.in, err = openInbox(ctx, u.cfg.Changes); err != nil {
 		return err
 	}
 	defer s.in.close()
 	u.log.Info("applying", zap.Stringer("from", s.position), zap.Int64("seq", s.seq))
+	if err := trouble.Clear(ctx, s.mirror, partOf(leader.ApplyUp)); err != nil {
+		return err
+	}
 	u.state.begin(s.position)
 	err = s.run(ctx)
 	if errors.Is(err, errGap) || errors.Is(err, change.ErrNotChangeData) {
@@ -139,12 +150,15 @@ func (u *Up) session(ctx context.Context) error {
 		defer cancel()
 		_ = s.save(end, true)
 	}
-	return err
+	return stopFaulty(ctx, s.mirror, s.layout, s.explain(ctx, err), u.log)
 }
 
 // load takes the chain over and waits until the mirror shows what predecessors did: from then on a change is merged in
 // the mirror exactly if it is not at the source.
-func (s *upSession) load(ctx context.Context) error {
+func (s *upSession) load(ctx context.Context) (err error) {
+	if s.layout, err = schema.Layout(ctx, s.mirror); err != nil {
+		return fmt.Errorf("layout: %w", err)
+	}
 	tables, err := s.u.cfg.Tables(ctx)
 	if err != nil {
 		return fmt.Errorf("synced tables: %w", err)
@@ -165,15 +179,22 @@ func (s *upSession) load(ctx context.Context) error {
 		return err
 	}
 	var at string
+	var seen int64
+	if err := s.mirror.QueryRow(ctx, "SELECT coalesce(max(up_seq), 0) FROM waystage.progress WHERE direction = 'down'").Scan(&seen); err != nil {
+		return fmt.Errorf("read progress: %w", err)
+	}
 	err = s.source.QueryRow(context.WithoutCancel(ctx), `UPDATE waystage.progress SET seq = seq + 1, carries = '', worker = $2, at = clock_timestamp()
-		WHERE epoch = $1 RETURNING seq, position::text`, s.epoch, s.u.cfg.Worker).Scan(&s.seq, &at)
+		WHERE epoch = $1 AND seq >= $3 RETURNING seq, position::text`, s.epoch, s.u.cfg.Worker, seen).Scan(&s.seq, &at)
 	if errors.Is(err, pgx.ErrNoRows) {
-		return &Error{CodeProgress, fmt.Sprintf("the source's waystage.progress has no row for epoch %q", s.epoch), "Start `waystage serve` again: it finishes the set-up"}
+		return s.noChain(ctx, seen)
 	}
 	if err != nil {
 		return fmt.Errorf("take the chain over: %w", err)
 	}
 	if s.position, err = change.ParseLSN(at); err != nil {
+		return err
+	}
+	if err := s.mirrorStands(ctx); err != nil {
 		return err
 	}
 	if err := s.beginTerm(ctx); err != nil {
@@ -198,7 +219,37 @@ func (s *upSession) load(ctx context.Context) error {
 	}
 	s.position = max(s.position, s.saved)
 	s.feed = newFeed(s.position)
-	return s.recallRefused(ctx)
+	if err := s.recallRefused(ctx); err != nil {
+		return err
+	}
+	return s.unpark(ctx)
+}
+
+// noChain says why the chain cannot be taken over: the source has no row of this epoch, or one that is older than what the
+// mirror has seen of it.
+func (s *upSession) noChain(ctx context.Context, seen int64) error {
+	var seq int64
+	err := s.source.QueryRow(ctx, "SELECT seq FROM waystage.progress WHERE epoch = $1", s.epoch).Scan(&seq)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return &Error{CodeProgress, fmt.Sprintf("the source's waystage.progress has no row for epoch %q", s.epoch), "Start `waystage serve` again: it finishes the set-up"}
+	case err != nil:
+		return fmt.Errorf("take the chain over: %w", err)
+	}
+	return &Error{CodeServerBack, fmt.Sprintf("the mirror has seen transaction %d of ours from the source, which is at %d", seen, seq), remedyBack}
+}
+
+// mirrorStands makes sure that the mirror's log is as long as the source says that it was applied.
+func (s *upSession) mirrorStands(ctx context.Context) error {
+	var end string
+	if err := s.mirror.QueryRow(ctx, "SELECT pg_current_wal_insert_lsn()::text").Scan(&end); err != nil {
+		return fmt.Errorf("read the mirror's position: %w", err)
+	}
+	lsn, err := change.ParseLSN(end)
+	if err == nil && s.position > lsn {
+		return &Error{CodeServerBack, fmt.Sprintf("the source has the mirror's changes up to %s, the mirror's log ends at %s", s.position, lsn), remedyBack}
+	}
+	return err
 }
 
 // beginTerm tells the mirror who may refuse from now on. A worker that was overtaken without noticing would else refuse
@@ -281,10 +332,17 @@ func (s *upSession) run(ctx context.Context) error {
 			}
 		case s.position > s.saved || s.purge.upTo != s.purge.done:
 			wait = purgeEvery
+		case s.parked.waits:
+			wait = lookEvery
 		}
 		a, ok, err := s.in.next(ctx, wait)
 		if err != nil {
 			return err
+		}
+		if !ok && wait == lookEvery {
+			if err := s.sameLayout(ctx); err != nil {
+				return err
+			}
 		}
 		if ok {
 			if err := s.feed.take(&a.m, s.event); err != nil {
@@ -328,7 +386,7 @@ func (s *upSession) event(ev *change.Event) error {
 			return nil
 		}
 		c, err := l.change(ev.New, s.tables)
-		if err != nil || c == nil {
+		if err != nil || c == nil || s.parked.back[c.id] {
 			return err
 		}
 		if len(s.queue) == 0 {
@@ -352,8 +410,14 @@ func (s *upSession) batch(ctx context.Context, n int) error {
 		used++
 	}
 	began := time.Now()
+	if err := s.sameLayout(ctx); err != nil {
+		return err
+	}
 	todo, err := s.undecided(ctx, list)
 	if err != nil {
+		return err
+	}
+	if todo, err = s.park(ctx, todo); err != nil {
 		return err
 	}
 	for rest := todo; len(rest) > 0; {

@@ -37,7 +37,7 @@ type Stop struct {
 	Detail   string
 	At       time.Time
 	Position string // the source's position that the mirror stood at
-	Resync   string // a new copy shows the source up to here, later changes are kept for it; empty: none is under way
+	Copying  bool   // a new copy is under way: changes behind Table.Floor are kept for it
 }
 
 // Beginner is a connection or a pool.
@@ -82,9 +82,9 @@ func StopTable(ctx context.Context, db Beginner, id int, layout int64, code Stop
 		if err != nil || now != layout {
 			return err
 		}
-		tag, err := tx.Exec(ctx, `UPDATE waystage.synced_table SET stopped_code = $2, stopped_detail = $3, stopped_at = clock_timestamp(), resync_from = NULL,
+		tag, err := tx.Exec(ctx, `UPDATE waystage.synced_table SET stopped_code = $2, stopped_detail = $3, stopped_at = clock_timestamp(), copying = false,
 				stopped_position = coalesce(stopped_position, (SELECT position FROM waystage.progress WHERE direction = 'down'))
-			WHERE id = $1 AND (stopped_code IS NULL OR resync_from IS NOT NULL)`, id, string(code), detail)
+			WHERE id = $1 AND (stopped_code IS NULL OR copying)`, id, string(code), detail)
 		if err != nil || tag.RowsAffected() == 0 {
 			return err
 		}

@@ -72,7 +72,7 @@ var ErrNotSetUp = errors.New("the mirror is not set up yet: waystage serve does 
 
 // LoadTables reads the synced tables from the mirror, parents first, stopped ones too.
 func LoadTables(ctx context.Context, q Querier) ([]*Table, error) {
-	rows, err := q.Query(ctx, `SELECT id, definition, stopped_code, stopped_detail, stopped_at, stopped_position::text, coalesce(resync_from::text, '')
+	rows, err := q.Query(ctx, `SELECT id, definition, stopped_code, stopped_detail, stopped_at, stopped_position::text, copying, coalesce(floor::text, '')
 		FROM waystage.synced_table ORDER BY rank, schema_name, table_name`)
 	if err != nil {
 		return nil, fmt.Errorf("load tables: %w", err)
@@ -83,14 +83,15 @@ func LoadTables(ctx context.Context, q Querier) ([]*Table, error) {
 		var code, position *string
 		var at *time.Time
 		var stop Stop
-		if err := row.Scan(&id, &def, &code, &stop.Detail, &at, &position, &stop.Resync); err != nil {
+		var floor string
+		if err := row.Scan(&id, &def, &code, &stop.Detail, &at, &position, &stop.Copying, &floor); err != nil {
 			return nil, err
 		}
 		t := &Table{}
 		if err := json.Unmarshal(def, t); err != nil {
 			return nil, err
 		}
-		t.ID = id
+		t.ID, t.Floor = id, floor
 		if code != nil {
 			stop.Code = StopCode(*code)
 			if at != nil {

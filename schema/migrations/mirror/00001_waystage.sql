@@ -22,8 +22,9 @@ CREATE TABLE waystage.synced_table (
     stopped_detail   text NOT NULL DEFAULT '',
     stopped_at       timestamptz,
     stopped_position pg_lsn,                    -- the source's position that the mirror stood at
-    resync_from      pg_lsn,                    -- a new copy of a stopped table shows the source up to here; later changes go to waystage.deferred
-    resync_emptied   boolean NOT NULL DEFAULT false, -- the table was truncated since
+    floor            pg_lsn,                    -- a copy shows the source up to here: what the stream brings from before is passed over
+    copying          boolean NOT NULL DEFAULT false, -- a new copy is under way: what comes after the floor goes to waystage.deferred
+    emptied          boolean NOT NULL DEFAULT false, -- the source has truncated the table since the floor
     UNIQUE (schema_name, table_name)
 );
 INSERT INTO waystage.meta (key, value) VALUES ('layout', '1'); -- counts the changes of synced tables; workers reload when it moves
