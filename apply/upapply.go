@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 
 	"github.com/jackc/pgx/v5"
 
@@ -13,21 +12,19 @@ import (
 	"github.com/waystage/waystage/internal/sabotage"
 )
 
-// outcome of one source transaction. At most one of missed, short and refused is set; none: committed.
+// outcome of one source transaction. At most one field is set; none: committed.
 type outcome struct {
 	missed  map[*upChange]bool // these did not find what they expected
-	short   *stmt              // inserts of which some found a row; which ones is not known
+	short   *unit              // inserts of which some found a row; which ones is not known
 	refused error              // the database refused one of the changes
-	at      *stmt              // by this statement; nil: at the end
 }
 
 func (o outcome) committed() bool { return o.missed == nil && o.short == nil && o.refused == nil }
 
 // try carries changes to the source in one transaction, all or none. An error says nothing about the changes: the
-// session is to be started again, and finds out what happened. alone: the changes are one group, see groups; what they expect
-// is looked at, and locked, before anything is written, since what differs after that is their own doing.
-func (s *upSession) try(ctx context.Context, list []*upChange, position change.LSN, alone bool) (out outcome, err error) {
-	stmts, err := s.plan(list, alone)
+// session is to be started again, and finds out what happened.
+func (s *upSession) try(ctx context.Context, list []*upChange, position change.LSN) (out outcome, err error) {
+	units, err := plan(list)
 	if err != nil {
 		return out, err
 	}
@@ -44,11 +41,11 @@ func (s *upSession) try(ctx context.Context, list []*upChange, position change.L
 	b.Queue("BEGIN ISOLATION LEVEL READ COMMITTED")
 	b.Queue(`UPDATE waystage.progress SET seq = seq + 1, position = $3::text::pg_lsn, carries = $4, worker = $5, at = clock_timestamp()
 		WHERE epoch = $1 AND `+fence, s.epoch, s.seq, position.String(), formatCarries(ids), s.u.cfg.Worker)
-	for _, st := range stmts {
-		b.Queue(st.t.statement(st.f, st.cols), st.args()...)
+	for _, un := range units {
+		b.Queue(un.t.statement(un.f, un.cols), un.args()...)
 	}
 	res := s.source.SendBatch(ctx, b)
-	out, fenced, err := s.results(res, stmts)
+	out, fenced, err := s.results(res, units)
 	if cerr := res.Close(); err == nil {
 		err = cerr
 	}
@@ -74,21 +71,18 @@ func (s *upSession) try(ctx context.Context, list []*upChange, position change.L
 		return out, nil
 	}
 	if _, ok := refusalOf(err); ok && len(list) > 0 {
-		if out.missed != nil { // it may be for that
-			return outcome{missed: out.missed}, nil
-		}
-		return outcome{refused: err, at: out.at}, nil
+		return outcome{refused: err}, nil
 	}
 	// A statement that the source does not even take: one change of the table is enough to stop it by.
 	var f *fault
 	if len(list) > 0 && !errors.As(err, &f) && errors.As(sourceFault(list[0].t.table, err), &f) {
-		return outcome{refused: err, at: out.at}, nil
+		return outcome{refused: err}, nil
 	}
 	return out, fmt.Errorf("write to the source: %w", err)
 }
 
 // results reads the answers of a transaction that is still open.
-func (s *upSession) results(res pgx.BatchResults, stmts []*stmt) (out outcome, fenced bool, err error) {
+func (s *upSession) results(res pgx.BatchResults, units []*unit) (out outcome, fenced bool, err error) {
 	if _, err := res.Exec(); err != nil {
 		return out, false, err
 	}
@@ -99,29 +93,28 @@ func (s *upSession) results(res pgx.BatchResults, stmts []*stmt) (out outcome, f
 	if tag.RowsAffected() != 1 {
 		return out, true, nil
 	}
-	for _, st := range stmts {
-		out.at = st
-		if st.f == formInsert || st.f == formRemove {
+	for _, un := range units {
+		if un.f == formInsert {
 			tag, err := res.Exec()
 			if err != nil {
-				return out, false, sourceFault(st.t.table, err)
+				return out, false, sourceFault(un.t.table, err)
 			}
-			if st.f == formInsert && int(tag.RowsAffected()) != len(st.list) && out.committed() {
-				out.short = st
+			if int(tag.RowsAffected()) != len(un.list) && out.committed() {
+				out.short = un
 			}
 			continue
 		}
 		rows, err := res.Query()
 		if err != nil {
-			return out, false, sourceFault(st.t.table, err)
+			return out, false, sourceFault(un.t.table, err)
 		}
-		named := make([]bool, len(st.list))
+		named := make([]bool, len(un.list))
 		var i int64
 		if _, err := pgx.ForEachRow(rows, []any{&i}, func() error { named[i-1] = true; return nil }); err != nil {
-			return out, false, sourceFault(st.t.table, err)
+			return out, false, sourceFault(un.t.table, err)
 		}
-		for r, c := range st.list {
-			if named[r] == (st.f == formGone) { // a hit is named, except by formGone
+		for r, c := range un.list {
+			if named[r] == (un.f == formGone) { // a hit is named, except by formGone
 				if out.missed == nil {
 					out.missed = map[*upChange]bool{}
 				}
@@ -129,7 +122,6 @@ func (s *upSession) results(res pgx.BatchResults, stmts []*stmt) (out outcome, f
 			}
 		}
 	}
-	out.at = nil
 	return out, false, nil
 }
 
@@ -138,72 +130,32 @@ func (s *upSession) process(ctx context.Context, list []*upChange, end change.LS
 	if len(list) == 0 {
 		return nil
 	}
-	if len(list) > 1 && len(s.refused) == 0 { // the common case needs no groups
-		out, err := s.try(ctx, list, end, false)
-		if err != nil {
-			return err
-		}
-		if out.committed() {
-			s.accepted(list)
-			return nil
-		}
-		return s.split(ctx, groups(list), out, end)
-	}
-	return s.decide(ctx, groups(list), end)
-}
-
-func (s *upSession) accepted(list []*upChange) {
-	s.u.state.with(func(st *Stats) { st.Accepted += uint64(len(list)) })
-	for _, c := range list {
-		for _, id := range c.links().makes {
-			delete(s.refused, id)
-		}
-	}
-}
-
-// decide decides groups, in order.
-func (s *upSession) decide(ctx context.Context, list []group, end change.LSN) error {
-	if len(list) == 0 {
-		return nil
-	}
 	if len(s.refused) > 0 {
-		for i, g := range list {
-			c, why, err := s.dependsOn(ctx, g)
-			if err != nil {
-				return err
-			}
-			if c == nil {
+		for i, c := range list {
+			why, depends := s.dependsOn(c)
+			if !depends {
 				continue
 			}
 			// It falls, but not before those that come before it: they may be changes of the same row.
-			if err := s.decide(ctx, list[:i], s.position); err != nil {
+			if err := s.process(ctx, list[:i], s.position); err != nil {
 				return err
 			}
-			if err := s.refuse(ctx, g, c, why); err != nil {
+			if err := s.refuse(ctx, c, why); err != nil {
 				return err
 			}
-			return s.decide(ctx, list[i+1:], end)
+			return s.process(ctx, list[i+1:], end)
 		}
 	}
-	all := flat(list)
-	out, err := s.try(ctx, all, end, len(list) == 1 && len(all) > 1)
+	out, err := s.try(ctx, list, end)
 	if err != nil {
 		return err
 	}
 	if out.committed() {
-		s.accepted(all)
+		s.u.state.with(func(st *Stats) { st.Accepted += uint64(len(list)) })
 		return nil
 	}
 	if len(list) == 1 {
 		return s.single(ctx, list[0], out, end)
-	}
-	return s.split(ctx, list, out, end)
-}
-
-// split decides groups that failed together in parts.
-func (s *upSession) split(ctx context.Context, list []group, out outcome, end change.LSN) (err error) {
-	if len(list) == 1 {
-		return s.decide(ctx, list, end)
 	}
 	missed := out.missed
 	if out.short != nil {
@@ -213,167 +165,134 @@ func (s *upSession) split(ctx context.Context, list []group, out outcome, end ch
 	}
 	if len(missed) == 0 { // unknown which: halve
 		half := len(list) / 2
-		if err := s.decide(ctx, list[:half], s.position); err != nil {
+		if err := s.process(ctx, list[:half], s.position); err != nil {
 			return err
 		}
-		return s.decide(ctx, list[half:], end)
+		return s.process(ctx, list[half:], end)
 	}
 	// Decide those that missed one by one, and what is between them as sets, all in their order.
 	from := 0
-	for i, g := range list {
-		if !slices.ContainsFunc(g, func(c *upChange) bool { return missed[c] }) {
+	for i, c := range list {
+		if !missed[c] {
 			continue
 		}
-		if err := s.decide(ctx, list[from:i], s.position); err != nil {
+		if err := s.process(ctx, list[from:i], s.position); err != nil {
 			return err
 		}
-		if err := s.decide(ctx, list[i:i+1], s.position); err != nil {
+		if err := s.process(ctx, list[i:i+1], s.position); err != nil {
 			return err
 		}
 		from = i + 1
 	}
-	return s.decide(ctx, list[from:], end)
+	return s.process(ctx, list[from:], end)
 }
 
-// existing finds the inserts of a statement whose key the source has.
-func (s *upSession) existing(ctx context.Context, st *stmt) (map[*upChange]bool, error) {
-	rows, err := s.source.Query(ctx, st.t.statement(formGone, nil), st.t.keyArrays(len(st.list), func(r int) []string { return st.list[r].key })...)
+// existing finds the inserts of a unit whose key the source has.
+func (s *upSession) existing(ctx context.Context, un *unit) (map[*upChange]bool, error) {
+	rows, err := s.source.Query(ctx, un.t.statement(formGone, nil), un.t.keyArrays(len(un.list), func(r int) []string { return un.list[r].key })...)
 	if err != nil {
-		return nil, fmt.Errorf("look for rows of %s: %w", st.t.FullName(), err)
+		return nil, fmt.Errorf("look for rows of %s: %w", un.t.FullName(), err)
 	}
 	out := map[*upChange]bool{}
 	var i int64
-	_, err = pgx.ForEachRow(rows, []any{&i}, func() error { out[st.list[i-1]] = true; return nil })
+	_, err = pgx.ForEachRow(rows, []any{&i}, func() error { out[un.list[i-1]] = true; return nil })
 	if err != nil {
-		return nil, fmt.Errorf("look for rows of %s: %w", st.t.FullName(), err)
+		return nil, fmt.Errorf("look for rows of %s: %w", un.t.FullName(), err)
 	}
 	return out, nil
 }
 
-// single decides a group that failed alone: all before it are decided, none behind it was tried.
-func (s *upSession) single(ctx context.Context, g group, out outcome, end change.LSN) error {
+// single decides a change that failed alone: all before it are decided, none behind it was tried.
+func (s *upSession) single(ctx context.Context, c *upChange, out outcome, end change.LSN) error {
 	for {
 		if out.committed() {
-			s.accepted(g)
+			s.u.state.with(func(st *Stats) { st.Accepted++ })
 			return nil
 		}
 		if out.refused != nil {
-			c, err := s.culprit(ctx, g, out)
-			if err != nil {
-				return err
-			}
 			why, ok := refusalOf(out.refused)
 			if !ok {
 				return sourceFault(c.t.table, out.refused)
 			}
-			return s.refuseAndGoOn(ctx, g, c, why, end)
-		}
-		missed := out.missed
-		if missed == nil { // of some rows that are there by now, those that are not are no worse off for being looked at
-			missed = map[*upChange]bool{}
-			for _, c := range out.short.list {
-				missed[c] = true
-			}
+			return s.refuse(ctx, c, why)
 		}
 		// A failed compare-and-set is not yet a conflict: look at who wrote what is there (rule R4).
 		if err := s.barrier(ctx); err != nil {
 			return err
 		}
-		c, why, err := s.reconsider(ctx, g, missed)
-		if err != nil {
+		refused, err := s.reconsider(ctx, c)
+		if err != nil || refused {
 			return err
 		}
-		if c != nil {
-			return s.refuseAndGoOn(ctx, g, c, why, end)
-		}
-		if out, err = s.try(ctx, g, end, len(g) > 1); err != nil {
+		if out, err = s.try(ctx, []*upChange{c}, end); err != nil {
 			return err
 		}
 	}
 }
 
-// refuseAndGoOn refuses a change of a group with all that fall with it, and decides the others, if any stand.
-func (s *upSession) refuseAndGoOn(ctx context.Context, g group, c *upChange, why refusal, end change.LSN) error {
-	rest, err := s.refuseIn(ctx, g, c, why)
-	if err != nil {
-		return err
-	}
-	return s.decide(ctx, groups(rest), end)
-}
-
-// reconsider looks at base after a barrier: it gives changes that missed another expectation, or names one that is to be refused.
-func (s *upSession) reconsider(ctx context.Context, g group, missed map[*upChange]bool) (bad *upChange, why refusal, err error) {
+// reconsider looks at base after a barrier: it gives the change another expectation, or refuses it.
+func (s *upSession) reconsider(ctx context.Context, c *upChange) (refused bool, err error) {
 	tx, err := s.mirror.Begin(ctx)
 	if err != nil {
-		return nil, why, fmt.Errorf("read base: %w", err)
+		return false, fmt.Errorf("read base: %w", err)
 	}
 	defer rollback(tx)
 	if err := s.holdTerm(ctx, tx); err != nil {
-		return nil, why, err
+		return false, err
 	}
-	// The locks also wait for the changes' own merge to become visible.
-	if err := lockTables(ctx, tx, g.tables()); err != nil {
-		return nil, why, fmt.Errorf("read base: %w", err)
+	// The lock also waits for the change's own merge to become visible.
+	if err := lockTables(ctx, tx, []int{c.t.ID}); err != nil {
+		return false, fmt.Errorf("read base: %w", err)
 	}
-	for _, c := range g {
-		if !missed[c] {
-			continue
-		}
-		base, err := s.base(ctx, tx, c)
+	_, base, err := s.base(ctx, tx, c)
+	if err != nil {
+		return false, err
+	}
+	if c.op == conflict.Delete && base.img == nil && c.rebases < conflict.MaxRebases {
+		// What the change wants is so already, whoever did it. The next try makes sure.
+		c.expect = nil
+		c.rebases++
+		return false, nil
+	}
+	attempt, reason := conflict.Retry(base.writer, base.refused, c.rebases)
+	if attempt == conflict.Rebase {
+		c.expect = c.t.json(base.img)
+		c.rebases++
+		s.u.state.with(func(st *Stats) { st.Rebased++ })
+		return false, nil
+	}
+	why := c.conflicting(reason)
+	if base.writer == conflict.Initial {
+		expected, err := c.t.image(c.expect)
 		if err != nil {
-			return nil, why, err
+			return false, err
 		}
-		if c.op == conflict.Delete && base.img == nil && c.rebases < conflict.MaxRebases {
-			// What the change wants is so already, whoever did it. The next try makes sure.
-			c.expect = nil
-			c.rebases++
-			continue
-		}
-		attempt, reason := conflict.Retry(base.writer, base.refused, c.rebases)
-		if attempt == conflict.Rebase {
-			c.expect = c.t.json(base.img)
-			c.rebases++
-			s.u.state.with(func(st *Stats) { st.Rebased++ })
-			continue
-		}
-		why = c.conflicting(reason)
-		if base.writer == conflict.Initial {
-			expected, err := c.t.image(c.expect)
-			if err != nil {
-				return nil, why, err
-			}
-			if equalImages(expected, base.img) {
-				if why, err = s.suppressed(ctx, c); err != nil {
-					return nil, why, err
-				}
+		if equalImages(expected, base.img) {
+			if why, err = s.suppressed(ctx, c); err != nil {
+				return false, err
 			}
 		}
-		return c, why, nil
 	}
-	return nil, why, nil
+	return true, s.refuseLocked(ctx, tx, c, why)
 }
 
-// base reads the base of a change's key in the mirror: its row or, without one, the old image of the first change that has no
-// verdict.
-func (s *upSession) base(ctx context.Context, tx querier, c *upChange) (baseRow, error) {
+// base reads what stands beside a change's key in the mirror, and the key's base: its row or, without one, the old image of
+// the first change that has no verdict.
+func (s *upSession) base(ctx context.Context, tx querier, c *upChange) (standing, baseRow, error) {
 	keys := [][]string{c.key}
 	at, err := c.t.standings(ctx, tx, keys)
 	if err != nil {
-		return baseRow{}, err
+		return standing{}, baseRow{}, err
 	}
-	rows, err := c.t.baseImages(ctx, tx, keys, []int64{firstOf(c, at[0])})
+	first := c.id
+	if n := at[0].first; n > 0 {
+		first = min(first, n)
+	}
+	rows, err := c.t.baseImages(ctx, tx, keys, []int64{first})
 	if err != nil {
-		return baseRow{}, err
+		return standing{}, baseRow{}, err
 	}
-	return rows[0], nil
-}
-
-// firstOf is the first change without a verdict of a change's key.
-func firstOf(c *upChange, at standing) int64 {
-	if at.first > 0 {
-		return min(c.id, at.first)
-	}
-	return c.id
+	return at[0], rows[0], nil
 }
 
 func equalImages(a, b image) bool {
