@@ -71,7 +71,7 @@ Your data:    waystage init, waystage check, waystage serve
 A device:     waystage device enrol, waystage device sync
 
 Exit codes: 0 ok, 1 failed, 2 usage, 3 finished with rejected records, 4 not allowed, 5 unreachable,
-6 precondition or conflict, 7 data needs attention, 130 interrupted.`,
+6 precondition or conflict, 7 data needs attention, 8 verify found differences, 130 interrupted.`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Args:          cobra.NoArgs,
@@ -92,7 +92,7 @@ Exit codes: 0 ok, 1 failed, 2 usage, 3 finished with rejected records, 4 not all
 		}
 	}
 	in("server", newDemo(a), newServe(a), newInit(a), newCheck(a), newConfig(a))
-	in("operate", newStatus(a), newPools(a), newRejects(a), newUsers(a), newDevices(a), newTeardown(a), newBench(a))
+	in("operate", newStatus(a), newVerify(a), newPools(a), newRejects(a), newUsers(a), newDevices(a), newTeardown(a), newBench(a))
 	in("device", newDevice(a))
 	root.AddCommand(newVersion(a))
 	checkArgs(root)

@@ -1,0 +1,92 @@
+package cmd
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest"
+
+	"github.com/waystage/waystage/internal/nurse"
+	"github.com/waystage/waystage/schema"
+	"github.com/waystage/waystage/verify"
+)
+
+// TestVerify: what the command prints, and by which code it ends.
+func TestVerify(t *testing.T) {
+	o := newOperator(t)
+	if got := waystage(t, nil, "", "init", "--source", o.source, "--mirror", o.mirror, "--dir", o.dir); got.code != exitOK {
+		t.Fatal(got.err)
+	}
+	if err := os.WriteFile(filepath.Join(o.dir, "definitions.yaml"), []byte(nurse.Definitions()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := o.run(exitPrecondition, "", "verify"); !strings.Contains(got.err, "waystage serve") {
+		t.Errorf("%s", got.err)
+	}
+	conf, err := load(&terminal{}, o.config, []string{"nats.embedded.listen=" + freePort(t), "health.listen="})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ready, ended := make(chan Info, 1), make(chan error, 1)
+	go func() {
+		ended <- Serve(ctx, conf, zaptest.NewLogger(t, zaptest.Level(zap.ErrorLevel)), func(i Info) { ready <- i })
+	}()
+	defer func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("the server ended with %v", err)
+		}
+	}()
+	select {
+	case <-ready:
+	case err := <-ended:
+		ended <- nil
+		t.Fatalf("the server does not start: %v", err)
+	}
+	if got := o.run(exitOK, "", "verify"); !strings.Contains(got.out, "vn.patient") || !strings.Contains(got.err, "are equal") {
+		t.Errorf("%s%s", got.out, got.err)
+	}
+	if got := o.run(exitUsage, "", "verify --table vn.patent"); !strings.Contains(got.err, "vn.patient") {
+		t.Errorf("%s", got.err)
+	}
+	o.run(exitUsage, "", "verify --rate -1")
+	o.run(exitUsage, "", "verify vn.patient")
+
+	conn, err := schema.Connect(t.Context(), o.mirror, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close(t.Context()) }()
+	exec := func(sql string) {
+		t.Helper()
+		if _, err := conn.Exec(t.Context(), sql, pgx.QueryExecModeExec); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec("UPDATE vn.patient SET name = 'Somebody Else' WHERE id = 100001")
+	got := o.run(exitDiffers, "", "verify")
+	if !strings.Contains(got.out, "vn.patient, key 100001: different\n  column name\n") || strings.Contains(got.out, "Somebody Else") || !strings.Contains(got.err, "1 rows of") {
+		t.Errorf("%s%s", got.out, got.err)
+	}
+	if got := o.run(exitDiffers, "", "verify --values --table vn.patient"); !strings.Contains(got.out, `mirror "Somebody Else"`) {
+		t.Errorf("%s", got.out)
+	}
+	rep := data[verify.Report](o, exitDiffers, "verify -o json --table vn.patient --rate 1000000 --pause 1ms")
+	if len(rep.Tables) != 1 || rep.Tables[0].Different != 1 || rep.Values || rep.Tables[0].Rows[0].Columns[0].Name != "name" || rep.Tables[0].Rows[0].Columns[0].Mirror != nil {
+		t.Errorf("%+v", rep)
+	}
+	rep = data[verify.Report](o, exitDiffers, "verify -o json --values")
+	if c := rep.Tables[len(rep.Tables)-1]; !rep.Values || !rep.Different() || c.Table == "" {
+		t.Errorf("%+v", rep)
+	}
+	exec("ALTER TABLE vn.visit DISABLE TRIGGER _ws_move")
+	if got := o.run(exitDiffers, "", "verify --table vn.visit"); !strings.Contains(got.out, "vn.visit _ws_move") {
+		t.Errorf("%s", got.out)
+	}
+}
