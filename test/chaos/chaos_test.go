@@ -19,6 +19,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/waystage/waystage/internal/nettest"
 	"github.com/waystage/waystage/protocol"
 )
 
@@ -135,7 +136,7 @@ func (r *rig) run(t *testing.T, p *plan) (o outcome) {
 		}()
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 		t.Cleanup(cancel)
-		h := &history{rig: r, t: t, ctx: ctx, plan: p, dir: dir, links: map[string]*proxy{}, total: int64(p.steps()), began: began}
+		h := &history{rig: r, t: t, ctx: ctx, plan: p, dir: dir, links: map[string]*nettest.Proxy{}, total: int64(p.steps()), began: began}
 		h.counts.faults = o.faults
 		h.must(os.WriteFile(filepath.Join(dir, "plan.txt"), []byte(p.String()), 0o600))
 		h.build()

@@ -34,6 +34,7 @@ func (c *checker) check(ctx context.Context) error {
 	c.records()
 	c.edits()
 	c.verdicts()
+	c.units()
 	c.onceAtSource()
 	c.versionsAtSource()
 	c.versionsAtMirror()
@@ -253,6 +254,45 @@ func (c *checker) verdicts() {
 				case v.State != protocol.Merged && v.State != r.State, v.State == protocol.Merged && r.State == protocol.Rejected:
 					c.fail("I1", "%s was told %q of %s, which is %q", name, v.State, r.name(), r.State)
 				}
+			}
+		}
+	}
+}
+
+// units: where a subscription says `reject: transaction`, the records of a local transaction stand or fall together, and those that
+// stand are one transaction of the source (I6). Records of such a subscription without a number are one unit.
+func (c *checker) units() {
+	at := map[int64]int64{}
+	for xid, ids := range c.carries {
+		for _, id := range ids {
+			at[id] = xid
+		}
+	}
+	units := map[string][]*record{}
+	atomic := map[string]bool{}
+	for _, r := range c.ledger {
+		if r.Sent == nil {
+			continue
+		}
+		whole := r.Table == "c.memo"
+		if r.Sent.Unit == 0 && !whole {
+			continue
+		}
+		id := fmt.Sprintf("%s-%d unit %d", r.Incarnation, r.N, r.Sent.Unit)
+		units[id] = append(units[id], r)
+		atomic[id] = atomic[id] || whole
+	}
+	for _, id := range sorted(units) {
+		if !atomic[id] {
+			continue
+		}
+		for _, r := range units[id][1:] {
+			first := units[id][0]
+			switch {
+			case (r.State == protocol.Applied) != (first.State == protocol.Applied):
+				c.fail("I6", "%s is %s, and %s of the same local transaction is %s", r.name(), r.State, first.name(), first.State)
+			case r.State == protocol.Applied && at[r.ID] != at[first.ID]:
+				c.fail("I6", "%s and %s of the same local transaction are two transactions of the source", r.name(), first.name())
 			}
 		}
 	}

@@ -51,6 +51,7 @@ type edit struct {
 // sent is one record of a request.
 type sent struct {
 	Index int                `json:"index"`
+	Unit  int64              `json:"unit,omitempty"`
 	Table string             `json:"table"`
 	Op    string             `json:"op"`
 	Key   []string           `json:"key"`
@@ -374,7 +375,7 @@ func (w *wire) Put(ctx context.Context, session, part string, pay device.Payload
 		return m
 	}
 	for i, c := range req.Changes {
-		s := sent{Index: i, Table: c.Table, Op: c.Op, Base: image(c.Table, c.Base), New: image(c.Table, c.New)}
+		s := sent{Index: i, Unit: c.Unit, Table: c.Table, Op: c.Op, Base: image(c.Table, c.Base), New: image(c.Table, c.New)}
 		for _, v := range c.Key {
 			s.Key = append(s.Key, *v)
 		}
@@ -506,8 +507,15 @@ func (p *phone) edit(ctx context.Context, step int, r *rand.Rand, n int) error {
 	}
 	defer func() { _ = tx.Rollback() }()
 	var edits []edit
+	together := n > 1 && r.IntN(2) == 0 // the server is to judge them together, where the subscription says so
+	if together {
+		if _, err := tx.ExecContext(ctx, "INSERT INTO waystage_unit DEFAULT VALUES"); err != nil {
+			return err
+		}
+	}
+	memos := together && r.IntN(2) == 0
 	for i := range n {
-		e, err := (&hand{ctx, tx, r, fmt.Sprintf("%s.%d.%d", p.Name, step, i)}).work()
+		e, err := (&hand{ctx, tx, r, fmt.Sprintf("%s.%d.%d", p.Name, step, i), memos}).work()
 		if err != nil {
 			// The file itself refused: that is the application's affair.
 			if rerr := tx.Rollback(); rerr != nil && !errors.Is(rerr, sql.ErrTxDone) {
@@ -516,6 +524,11 @@ func (p *phone) edit(ctx context.Context, step int, r *rand.Rand, n int) error {
 			return nil
 		}
 		edits = append(edits, e...)
+	}
+	if together {
+		if _, err := tx.ExecContext(ctx, "DELETE FROM waystage_unit"); err != nil {
+			return err
+		}
 	}
 	p.write(entry{Step: step, Edits: edits})
 	if _, err := tx.ExecContext(ctx, "INSERT INTO chaos_step VALUES (?)", step); err != nil {
@@ -530,6 +543,8 @@ type hand struct {
 	tx  *sql.Tx
 	r   *rand.Rand
 	tag string
+
+	memos bool // and nothing else
 }
 
 // pick takes one row of a query, always the same of the same rows.
@@ -592,6 +607,9 @@ func (h *hand) work() ([]edit, error) {
 		return nil, err
 	}
 	n := r.IntN(100)
+	if h.memos {
+		n = 74 + r.IntN(14)
+	}
 	switch {
 	case n >= 88 && n < 91: // a key that somebody else may take, too
 		id := fmt.Sprint(700 + r.IntN(6))
@@ -603,7 +621,7 @@ func (h *hand) work() ([]edit, error) {
 	case n >= 91 && n < 93: // a download-only table
 		err = h.exec("UPDATE tally SET writes = -1 WHERE area_id = ?", area[0])
 		return nil, err
-	case item == nil:
+	case item == nil && !h.memos:
 		return nil, nil
 	case n < 28:
 		err = h.exec("UPDATE item SET name = ?, qty = ?, tag = ? WHERE id = ?", " Item "+fmt.Sprint(r.IntN(1000))+" ", r.IntN(100), h.tag, item[0])

@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -15,6 +16,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/waystage/waystage/internal/nettest"
 	"github.com/waystage/waystage/internal/pgcluster"
 	"github.com/waystage/waystage/test/world"
 )
@@ -92,8 +94,8 @@ func (b *breaker) inject(f fault) error {
 		p := h.server(f.Target)
 		p.Signal(syscall.SIGSTOP)
 		time.Sleep(50 * time.Millisecond)
-		h.links[f.Target+"-mirror"].cut()
-		h.links[f.Target+"-source"].cut()
+		h.links[f.Target+"-mirror"].Cut()
+		h.links[f.Target+"-source"].Cut()
 		time.Sleep(long)
 		p.Signal(syscall.SIGCONT)
 	case "kill-nats":
@@ -105,6 +107,17 @@ func (b *breaker) inject(f fault) error {
 			return err
 		}
 		return restart(h.nats)
+	case "rewind-nats":
+		old := h.natsStore + ".old"
+		h.nats.Signal(syscall.SIGSTOP)
+		err := os.CopyFS(old, os.DirFS(h.natsStore))
+		h.nats.Signal(syscall.SIGCONT)
+		if err == nil {
+			time.Sleep(long)
+			h.nats.Kill()
+			err = errors.Join(os.RemoveAll(h.natsStore), os.Rename(old, h.natsStore))
+		}
+		return errors.Join(err, os.RemoveAll(old), h.nats.Start())
 	case "pause-nats":
 		pause(h.nats, long)
 	case "kill-postgres", "stop-postgres":
@@ -141,18 +154,26 @@ func (b *breaker) inject(f fault) error {
 			h.devices[i].strike()
 		}
 	case "cut":
-		h.links[f.Target].cut()
+		h.links[f.Target].Cut()
 	case "refuse", "stall", "blackhole", "half-open":
 		p := h.links[f.Target]
-		p.set(f.Kind == "refuse", f.Kind == "stall" || f.Kind == "blackhole", f.Kind != "refuse")
-		if f.Kind == "refuse" {
-			p.cut()
+		switch f.Kind {
+		case "refuse":
+			p.Judge(func(nettest.Direction, []byte) nettest.Verdict { return nettest.CutNow })
+			p.Cut()
+		case "stall", "blackhole":
+			p.Hold(nettest.ToServer, true)
+			fallthrough
+		case "half-open":
+			p.Hold(nettest.ToClient, true)
 		}
 		time.Sleep(long)
 		if f.Kind == "blackhole" || f.Kind == "half-open" {
-			p.cut()
+			p.Cut()
 		}
-		p.set(false, false, false)
+		p.Judge(nil)
+		p.Hold(nettest.ToServer, false)
+		p.Hold(nettest.ToClient, false)
 	case "lose", "double":
 		b.messages(f, long)
 	default:

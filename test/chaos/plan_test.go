@@ -63,6 +63,7 @@ var faultKinds = []struct {
 	{"zombie", 3, []string{"server-0", "server-1"}, 300, 3000}, // paused, its database connections are cut, and it wakes again
 	{"kill-nats", 3, []string{"nats"}, 0, 800},
 	{"wipe-nats", 3, []string{"nats"}, 0, 500},
+	{"rewind-nats", 2, []string{"nats"}, 100, 1500}, // killed, and its store is what it was some time ago
 	{"pause-nats", 1, []string{"nats"}, 200, 2000},
 	{"kill-postgres", 4, []string{"source", "mirror"}, 0, 500},
 	{"stop-postgres", 1, []string{"source", "mirror"}, 0, 300},
@@ -74,7 +75,8 @@ var faultKinds = []struct {
 	{"stall", 2, links, 200, 2500},     // nothing flows for a while, then everything
 	{"blackhole", 2, links, 200, 2500}, // nothing flows for a while, then the connections break
 	{"half-open", 2, links, 200, 2500}, // requests flow, answers do not; then the connections break
-	{"lose", 4, []string{"WS_IN", "WS_OUT", "WS_CD_UP", "WS_CD_DOWN"}, 300, 1500},
+	{"lose", 4, []string{"WS_OUT", "WS_CD_UP", "WS_CD_DOWN"}, 300, 1500},
+	{"lose", 1, []string{"WS_IN"}, 300, 1000}, // seldom: until the broker forgets their ids, a minute, it takes lost requests for doubles
 	{"double", 4, []string{"WS_IN", "WS_OUT", "WS_CD_UP", "WS_CD_DOWN"}, 300, 2000},
 }
 

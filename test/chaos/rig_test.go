@@ -27,6 +27,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"github.com/waystage/waystage/cmd"
+	"github.com/waystage/waystage/internal/nettest"
 	"github.com/waystage/waystage/internal/pgcluster"
 	"github.com/waystage/waystage/internal/pgtest"
 	"github.com/waystage/waystage/internal/registry"
@@ -149,7 +150,7 @@ type history struct {
 	source, mirror     *pgxpool.Pool
 	sourceDB, mirrorDB string // connection strings, without a proxy
 	nats               *world.Process
-	links              map[string]*proxy
+	links              map[string]*nettest.Proxy
 	servers            []*world.Process
 	devices            []*unit
 
@@ -178,12 +179,12 @@ func (h *history) through(link, dsn string) string {
 	u, err := url.Parse(dsn)
 	h.must(err)
 	if h.links[link] == nil {
-		p, err := newProxy(u.Host)
+		p, err := nettest.New(u.Host)
 		h.must(err)
-		h.t.Cleanup(p.end)
+		h.t.Cleanup(p.Close)
 		h.links[link] = p
 	}
-	u.Host = h.links[link].address()
+	u.Host = h.links[link].Address()
 	return u.String()
 }
 
