@@ -313,7 +313,7 @@ SELECT c.attrelid, c.attnum, c.atttypid, c.atttypmod, c.attname, format_type(c.a
 		}
 		col.MirrorType = "text"
 		if builtin {
-			col.MirrorType = baseType
+			col.Type, col.MirrorType = baseType, baseType
 		}
 		byOID[oid].Columns = append(byOID[oid].Columns, col)
 		return nil

@@ -219,7 +219,7 @@ func (s *Subscription) KeyQuery(userExpr, attrExpr string) string {
 func (c Column) Text(expr string) string {
 	base, _, _ := strings.Cut(c.MirrorType, "(")
 	switch base {
-	case "boolean", "character", `"char"`, "inet", "cidr", "name":
+	case "boolean", "character", "bpchar", `"char"`, "inet", "cidr", "name":
 		return "(CASE WHEN (" + expr + ") IS NOT NULL THEN pg_catalog.format('%s', " + expr + ") END)"
 	case "text":
 		return expr

@@ -11,7 +11,7 @@ import "strings"
 // Column of a synced table.
 type Column struct {
 	Name       string   `json:"name"`
-	Type       string   `json:"type"`        // format_type at the source, e.g. "numeric(12,2)"
+	Type       string   `json:"type"`        // format_type at the source, e.g. "numeric(12,2)"; for a domain over a pg_catalog type that one
 	MirrorType string   `json:"mirror_type"` // type in the mirror: Type for pg_catalog types, else "text"
 	NotNull    bool     `json:"not_null"`
 	Default    string   `json:"default,omitempty"`  // constant default as text, if it is one
