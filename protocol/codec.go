@@ -162,6 +162,9 @@ func (r *Request) check(lim Limits) error {
 			return bad(fmt.Sprintf("changes[%d].unit", i), "a number from 1, or left out")
 		}
 	}
+	if err := r.Verify.check(lim); err != nil {
+		return err
+	}
 	tables := make(map[string]bool, len(r.Columns))
 	for i, l := range r.Columns {
 		if tables[l.Table] {

@@ -34,6 +34,8 @@ type Request struct {
 	Changes     []Change `cbor:"11,keyasint,omitempty" json:"changes,omitempty"` // at most one per row
 	Columns     []Layout `cbor:"12,keyasint,omitempty" json:"columns,omitempty"` // column order of the images in Changes, one per table
 	Oldest      string   `cbor:"13,keyasint,omitempty" json:"oldest,omitempty"`  // RFC 3339 time of the oldest unsent change, for the operator's eyes
+
+	Verify *Verification `cbor:"14,keyasint,omitempty" json:"verify,omitempty"` // nil: the device does not know verification
 }
 
 // Values of Request.Wait; empty is WaitMerge.
@@ -87,6 +89,7 @@ type Page struct {
 	Error       *Error       `cbor:"16,keyasint,omitempty" json:"error,omitempty"` // the request as a whole was refused; nothing else is set but Sets
 	More        bool         `cbor:"17,keyasint,omitempty" json:"more,omitempty"`  // last page: verdicts of this session are still open; sync again later
 	Rows        int64        `cbor:"18,keyasint,omitempty" json:"rows,omitempty"`  // page 1: estimate of all rows in the reply, for a progress bar; 0: unknown
+	Verify      *Verified    `cbor:"19,keyasint,omitempty" json:"verify,omitempty"`
 }
 
 // TableRows carries what changed in one table. Apply order: Gone, then Deletes, then Rows.

@@ -66,8 +66,10 @@ func shapeOf(t reflect.Type) *shape {
 		switch t.Elem() {
 		case reflect.TypeFor[Change]():
 			s.limit, s.noun = func(l Limits) int { return l.Changes }, "changes"
-		case reflect.TypeFor[Layout]():
+		case reflect.TypeFor[Layout](), reflect.TypeFor[VerifyRows]():
 			s.limit, s.noun = func(l Limits) int { return l.Tables }, "tables"
+		case reflect.TypeFor[int]():
+			s.limit, s.noun = func(Limits) int { return MaxVerifyBuckets }, "buckets"
 		case reflect.TypeFor[Value](), reflect.TypeFor[Column]():
 			s.limit, s.noun = func(l Limits) int { return l.Columns }, "columns"
 		}

@@ -93,6 +93,23 @@ func vectors(testing.TB) []vector {
 		{Incarnation: inc, N: 1, Index: 4, Table: "care.visit", Key: []Value{val("9")}, State: Refused, Code: CodeConstraint, Detail: `new row for relation "visit" violates check constraint "visit_weight_check"`, Constraint: "visit_weight_check", ID: 8977},
 		{Incarnation: inc, N: 1, Index: 5, Table: "care.visit", Key: []Value{val("10")}, State: Applied, ID: 8978},
 	}
+	sums, rows := req(3), req(4)
+	sums.Cursor, sums.Verify = "e1.760.1c", &Verification{Buckets: 4}
+	rows.Cursor, rows.Verify = "e1.760.1c", &Verification{Buckets: 4, Rows: []VerifyRows{{Table: "care.visit", Buckets: []int{0, 3}}}}
+	told := req(5)
+	told.Verify = &Verification{Result: &VerifyResult{Cursor: "e1.760.1c", At: "2026-11-22T20:15:00Z", Rows: 12, Different: 2, Repaired: 2, Sample: []Difference{
+		{Table: "care.visit", Key: []Value{val("3")}, Kind: DiffMissing}, {Table: "care.visit", Key: []Value{val("2")}, Kind: DiffValues, Columns: []string{"note"}},
+	}}}
+	summed := page(3)
+	key, version := val("2"), val("711")
+	image := []Value{key, val("17"), nil}
+	summed.Last, summed.CursorFrom, summed.Cursor, summed.Epoch = true, "e1.760.1c", "e1.760.1c", "e1"
+	summed.Verify = &Verified{Ask: true, Buckets: 4, Tables: []VerifiedTable{{Table: "care.visit", Columns: []string{"id", "patient_id", "note"}, Sums: []Sum{
+		{Bucket: Bucket([]Value{key}, 4), Rows: 1, Versions: HashText(RowHash(version, key)), Images: HashText(RowHash(image...))},
+	}}}}
+	listed := page(4)
+	listed.Last, listed.CursorFrom, listed.Cursor, listed.Epoch = true, "e1.760.1c", "e1.760.1c", "e1"
+	listed.Verify = &Verified{Buckets: 4, Tables: []VerifiedTable{{Table: "care.visit", Columns: []string{"id", "patient_id", "note"}, Rows: []Row{{Version: *version, Values: image}}}}}
 	refused := func(e Error) *Page {
 		p := page(3)
 		p.Last, p.Error = true, &e
@@ -108,6 +125,11 @@ func vectors(testing.TB) []vector {
 		{"page-last", &last},
 		{"page-delta", &delta},
 		{"page-verdicts", &verdicts},
+		{"request-verify-sums", &sums},
+		{"request-verify-rows", &rows},
+		{"request-verify-result", &told},
+		{"page-verify-sums", &summed},
+		{"page-verify-rows", &listed},
 		{"page-error-forked", refused(Error{Code: CodeForked, Message: "session 3 does not continue this incarnation: the device was restored or copied; it goes on under a new incarnation"})},
 		{"page-error-epoch", refused(Error{Code: CodeEpoch, Message: "the mirror was rebuilt: send everything again under a new incarnation"})},
 		{"page-error-busy", refused(Error{Code: CodeBusy, Message: "the input queue is full: try again in 5 seconds", Retry: 5})},
