@@ -159,7 +159,7 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	sup.Go(func() error { return callout.Run(support) })
 	sup.Go(func() error { return users.Watch(support, q.Disconnect) })
 	pruner := stages.NewPruner(stages.RetentionConfig{Changes: keep(c.Retention.Ledger), Sessions: keep(c.Retention.Ledger),
-		Rejects: keep(c.Retention.Rejects), Cursors: keep(c.Retention.Tombstones)}, mirror, log.Named("prune"))
+		Rejects: keep(c.Retention.Rejects), Handled: keep(c.Retention.Handled), Cursors: keep(c.Retention.Tombstones)}, mirror, log.Named("prune"))
 	sup.Go(func() error { return pruner.Run(support) })
 
 	limits := protocol.DefaultLimits()
@@ -337,6 +337,16 @@ func checks(source, mirror *pgxpool.Pool, q *queue.Queue, setUp *atomic.Bool) []
 				return err
 			}
 			return errors.Join(slotStands(ctx, source, schema.SlotDown(epoch)), slotStands(ctx, mirror, schema.SlotUp(epoch)))
+		}},
+		{Name: "tables", Advisory: true, Run: func(ctx context.Context) error {
+			if !setUp.Load() {
+				return nil
+			}
+			list, err := health.ReadStopped(ctx, mirror)
+			for _, t := range list {
+				err = errors.Join(err, errors.New(t.String()))
+			}
+			return err
 		}},
 		{Name: "replication", Run: func(ctx context.Context) error {
 			if !setUp.Load() {

@@ -21,7 +21,7 @@ func newStatus(a *app) *cobra.Command {
 	var f format
 	c := &cobra.Command{Use: "status", Short: "Show lag both ways, WAL kept by the slots, queues, sessions and rejects", Args: cobra.NoArgs,
 		Long: `Show how the whole system is, as databases and broker know it: it works while no server runs.
-Exit code 7 when data needs a person: a slot that is lost or missing, or a part that stands still.`,
+Exit code 7 when data needs a person: a slot that is lost or missing, a part that stands still, a stopped table.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			return a.withMirror(c.Context(), func(ctx context.Context, conf Config, mirror *pgxpool.Pool) error {
 				source, err := openPool(ctx, "source", conf.Source.DSN, 2)
@@ -85,6 +85,10 @@ func attention(a *app, c Config, s health.Snapshot) error {
 		a.say("attention: %s", clean(t.String()))
 		broken = true
 	}
+	for _, t := range s.Stopped {
+		a.say("attention: %s; look with 'waystage schema diff', go on with 'waystage schema apply'", clean(t.String()))
+		broken = true
+	}
 	if broken {
 		return silent(exitAttention)
 	}
@@ -110,6 +114,9 @@ func printStatus(w io.Writer, s health.Snapshot, brokerErr error) error {
 	direction("mirror to source", s.Up)
 	for _, t := range s.Troubles {
 		fmt.Fprintf(tw, "%s\tSTANDS STILL: %s (first seen %s, last %s by %s)\n", t.Part, t.Code, ago(&t.Since), ago(&t.At), clean(t.Process))
+	}
+	for _, t := range s.Stopped {
+		fmt.Fprintf(tw, "table %s\tSTOPPED: %s since %s, %d records wait\n", clean(t.Table), t.Code, ago(&t.Since), t.Waiting)
 	}
 	fmt.Fprintf(tw, "pending\t%d records wait for the source's verdict%s\n", s.Pending.Records, oldest(s.Pending.OldestSeconds))
 	fmt.Fprintf(tw, "sessions\t%d wait for merge, %d for reply%s; %d taken\n", s.Sessions.Staged, s.Sessions.Merged, oldest(s.Sessions.OldestSeconds), s.Sessions.Total)

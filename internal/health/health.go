@@ -24,8 +24,9 @@ import (
 
 // Check is one condition of readiness.
 type Check struct {
-	Name string
-	Run  func(context.Context) error
+	Name     string
+	Run      func(context.Context) error
+	Advisory bool // what it finds is told, but does not make the process unready
 }
 
 // Config says what to serve.
@@ -51,6 +52,7 @@ type Outcome struct {
 	Name  string    `json:"name"`
 	OK    bool      `json:"ok"`
 	Error string    `json:"error,omitempty"`
+	Note  string    `json:"note,omitempty"` // what an advisory check found
 	At    time.Time `json:"at"`
 	Took  float64   `json:"took_seconds"`
 }
@@ -176,8 +178,12 @@ func (s *Server) runAll(ctx context.Context) []Outcome {
 		wg.Go(func() {
 			start := time.Now()
 			err := c.Run(ctx)
-			out[i] = Outcome{Name: c.Name, OK: err == nil, At: time.Now(), Took: time.Since(start).Seconds()}
-			if err != nil {
+			out[i] = Outcome{Name: c.Name, OK: err == nil || c.Advisory, At: time.Now(), Took: time.Since(start).Seconds()}
+			switch {
+			case err == nil:
+			case c.Advisory:
+				out[i].Note = err.Error()
+			default:
 				out[i].Error = err.Error()
 			}
 		})

@@ -50,8 +50,8 @@ func get(t *testing.T, url string) (int, string) {
 func TestReadiness(t *testing.T) {
 	var broken atomic.Bool
 	s := New(Config{Listen: "127.0.0.1:0", Version: "1.2.3", Checks: []Check{
-		{"mirror", func(context.Context) error { return nil }},
-		{"source", func(context.Context) error {
+		{Name: "mirror", Run: func(context.Context) error { return nil }},
+		{Name: "source", Run: func(context.Context) error {
 			if broken.Load() {
 				return errors.New("host db-7 refuses")
 			}
@@ -99,7 +99,7 @@ func TestLeavingIsNotReady(t *testing.T) {
 }
 
 func TestHangingCheckIsBounded(t *testing.T) {
-	s := New(Config{Checks: []Check{{"hangs", func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }}}}, nil)
+	s := New(Config{Checks: []Check{{Name: "hangs", Run: func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }}}}, nil)
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel() // the caller has hung up: the check must not be counted as failed for that
 	start := time.Now()
@@ -111,7 +111,7 @@ func TestHangingCheckIsBounded(t *testing.T) {
 
 func TestChecksRunAtMostOnceASecond(t *testing.T) {
 	var runs atomic.Int64
-	s := New(Config{Checks: []Check{{"counts", func(context.Context) error { runs.Add(1); return nil }}}}, nil)
+	s := New(Config{Checks: []Check{{Name: "counts", Run: func(context.Context) error { runs.Add(1); return nil }}}}, nil)
 	start := time.Now()
 	for range 1000 {
 		s.Check(context.Background())
@@ -198,5 +198,13 @@ func TestBehindKeepsBoundedHistory(t *testing.T) {
 	}
 	if got, known := k.behind(at.Add(20_000*time.Second), 20_000, 0); !known || got < 19_000 {
 		t.Errorf("%v %v", got, known)
+	}
+}
+
+func TestAdvisoryChecksAreToldAndDoNotCount(t *testing.T) {
+	s := New(Config{Checks: []Check{{Name: "tables", Advisory: true, Run: func(context.Context) error { return errors.New("table a is stopped") }}}}, nil)
+	outcomes, ok := s.Check(t.Context())
+	if !ok || !outcomes[0].OK || outcomes[0].Note != "table a is stopped" || outcomes[0].Error != "" {
+		t.Fatalf("%v %+v", ok, outcomes)
 	}
 }

@@ -9,7 +9,7 @@ import (
 	"go.uber.org/zap"
 )
 
-// Collector turns snapshots into metrics. Labels are bounded: no user, device or key is ever one.
+// Collector turns snapshots into metrics. Labels are bounded: tables may be one, no user, device or key ever is.
 type Collector struct {
 	read func(context.Context) (Snapshot, error)
 	age  time.Duration
@@ -54,6 +54,8 @@ var (
 	descPendOld   = desc("pending_oldest_seconds", "Age of the oldest of them.")
 	descRejects   = desc("rejected_records", "Records in the rejected log that no operator has retried or discarded.", "reason")
 	descDevices   = desc("devices", "Devices.", "state")
+	descStopped   = desc("table_stopped", "1 for each table that does not take part in replication until a person acts.", "table", "code")
+	descWaiting   = desc("table_waiting_records", "Devices' records that wait for a stopped table.", "table")
 	descPoolSize  = desc("pool_size", "Workers asked of a stage, per process.", "stage")
 	descPoolRuns  = desc("pool_running", "1 if the stage is not paused or drained.", "stage")
 	descXmin      = desc("xmin_age_transactions", "Transactions since the oldest one still running; replies send again what is newer than it.", "database")
@@ -63,7 +65,7 @@ var (
 // Describe implements prometheus.Collector.
 func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{descScrape, descLagBytes, descLagSecs, descRetained, descSafe, descSlotOK, descSlotUsed, descQueue, descQueueSize,
-		descQueueAge, descSessions, descTaken, descOldest, descPending, descPendOld, descRejects, descDevices, descPoolSize, descPoolRuns, descXmin, descOldTx} {
+		descQueueAge, descSessions, descTaken, descOldest, descPending, descPendOld, descRejects, descStopped, descWaiting, descDevices, descPoolSize, descPoolRuns, descXmin, descOldTx} {
 		ch <- d
 	}
 }
@@ -104,6 +106,10 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	gauge(descPendOld, s.Pending.OldestSeconds)
 	for code, n := range s.Rejects {
 		gauge(descRejects, float64(n), code)
+	}
+	for _, t := range s.Stopped {
+		gauge(descStopped, 1, t.Table, t.Code)
+		gauge(descWaiting, float64(t.Waiting), t.Table)
 	}
 	gauge(descDevices, float64(s.Devices.Enrolled), "enrolled")
 	gauge(descDevices, float64(s.Devices.Active), "active")

@@ -35,8 +35,44 @@ type Snapshot struct {
 	Queues   []Queue           `json:"queues"`
 	Pools    []Pool            `json:"pools"`
 	Troubles []trouble.Trouble `json:"troubles"` // parts that stand still until a person acts
+	Stopped  []StoppedTable    `json:"stopped"`  // tables that do not take part until a person acts
 	Source   Condition         `json:"source"`
 	Mirror   Condition         `json:"mirror"`
+}
+
+// StoppedTable is a table whose changes are not applied, while all others flow.
+type StoppedTable struct {
+	Table    string    `json:"table"` // "schema.table"
+	Code     string    `json:"code"`
+	Detail   string    `json:"detail"`
+	Since    time.Time `json:"since"`
+	Position string    `json:"position"` // of the source, where the table was stopped
+	Copying  bool      `json:"copying"`  // `waystage schema apply` or `resync` is at work, or was ended
+	Waiting  int64     `json:"waiting"`  // devices' records that wait for it
+}
+
+// String is one line for people.
+func (t StoppedTable) String() string {
+	state := "is stopped"
+	if t.Copying {
+		state = "is being compared with the source"
+	}
+	return fmt.Sprintf("table %s %s (%s): %s; %d records of devices wait", t.Table, state, t.Code, t.Detail, t.Waiting)
+}
+
+// ReadStopped lists the stopped tables.
+func ReadStopped(ctx context.Context, mirror Database) ([]StoppedTable, error) {
+	rows, err := mirror.Query(ctx, `SELECT t.schema_name || '.' || t.table_name, t.stopped_code, t.stopped_detail, coalesce(t.stopped_at, now()), coalesce(t.stopped_position::text, ''),
+			t.copying, (SELECT count(*) FROM waystage.change c WHERE c.tbl = t.id AND c.state = 'merged')
+		FROM waystage.synced_table t WHERE t.stopped_code IS NOT NULL ORDER BY 1`)
+	if err != nil {
+		return nil, fmt.Errorf("stopped tables: %w", err)
+	}
+	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[StoppedTable])
+	if err != nil {
+		return nil, fmt.Errorf("stopped tables: %w", err)
+	}
+	return list, nil
 }
 
 // Direction is one way of replication.
@@ -166,7 +202,7 @@ func (k *track) behind(now time.Time, written, applied int64) (seconds float64, 
 // Read takes a snapshot. It fails only when nothing can be said: what one part cannot tell is left out and its error
 // joined, so that the rest is still shown.
 func (r *Reader) Read(ctx context.Context) (Snapshot, error) {
-	s := Snapshot{At: time.Now(), Rejects: map[string]int64{}, Queues: []Queue{}, Pools: []Pool{}, Troubles: []trouble.Trouble{}}
+	s := Snapshot{At: time.Now(), Rejects: map[string]int64{}, Queues: []Queue{}, Pools: []Pool{}, Troubles: []trouble.Trouble{}, Stopped: []StoppedTable{}}
 	var errs []error
 	note := func(what string, err error) {
 		if err != nil {
@@ -177,6 +213,9 @@ func (r *Reader) Read(ctx context.Context) (Snapshot, error) {
 	list, err := trouble.List(ctx, r.mirror)
 	note("mirror", err)
 	s.Troubles = append(s.Troubles, list...)
+	stopped, err := ReadStopped(ctx, r.mirror)
+	note("mirror", err)
+	s.Stopped = append(s.Stopped, stopped...)
 	if r.queues != nil {
 		q, err := r.queues(ctx)
 		note("broker", err)
