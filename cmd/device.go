@@ -20,8 +20,8 @@ func newDevice(a *app) *cobra.Command {
 	var path string
 	c.PersistentFlags().StringVarP(&path, "file", "f", "", "the device's SQLite file")
 	_ = c.MarkPersistentFlagFilename("file", "db", "sqlite")
-	c.AddCommand(newEnrol(a, &path), newSync(a, &path), newDeviceStatus(a, &path), newDeviceLog(a, &path),
-		newDeviceRejects(a, &path), newPending(a, &path), newRepair(a, &path))
+	c.AddCommand(newEnrol(a, &path), newSync(a, &path), newDeviceStatus(a, &path), newDeviceLog(a, &path), newDeviceSyncs(a, &path),
+		newDeviceRejects(a, &path), newPending(a, &path), newKeep(a, &path), newRepair(a, &path))
 	return c
 }
 
@@ -56,8 +56,11 @@ func deviceCode(err error) int {
 		return exitInterrupted
 	case errors.Is(err, device.ErrUnreachable), errors.Is(err, context.DeadlineExceeded):
 		return exitUnreachable
-	case errors.Is(err, device.ErrNotEnrolled), errors.Is(err, device.ErrSyncing):
+	case errors.Is(err, device.ErrNotEnrolled), errors.Is(err, device.ErrSyncing), errors.Is(err, device.ErrNoReject), errors.Is(err, device.ErrHandled),
+		errors.Is(err, device.ErrRowGone), errors.Is(err, device.ErrRowExists), errors.Is(err, device.ErrRowEdited), errors.Is(err, device.ErrNoTable):
 		return exitPrecondition
+	case errors.Is(err, device.ErrNoColumn):
+		return exitUsage
 	case errors.Is(err, device.ErrCapture):
 		return exitAttention
 	}
@@ -74,6 +77,18 @@ func deviceRemedy(err error) string {
 		return "edits are kept in the file; sync again later, it goes on where it stopped"
 	case errors.Is(err, device.ErrNotEnrolled):
 		return "run 'waystage device enrol' first"
+	case errors.Is(err, device.ErrNoReject):
+		return "see 'waystage device rejects ls --state all'"
+	case errors.Is(err, device.ErrHandled):
+		return "what became of it is in 'waystage device log'"
+	case errors.Is(err, device.ErrRowGone):
+		return "'waystage device rejects restore' inserts the row again; 'discard' leaves things as they are"
+	case errors.Is(err, device.ErrRowExists):
+		return "--set gives it another key; 'waystage device rejects restore' writes over the row that is there; 'discard' leaves it"
+	case errors.Is(err, device.ErrRowEdited):
+		return "sync, and try again when that edit has its outcome; or discard the entry"
+	case errors.Is(err, device.ErrNoColumn), errors.Is(err, device.ErrNoTable):
+		return "'waystage device rejects show' names the columns; 'discard' leaves things as they are"
 	case errors.Is(err, device.ErrCapture):
 		return "'waystage device repair' installs the triggers anew; edits made while they were missing are overwritten"
 	}
@@ -181,7 +196,7 @@ func (a *app) sync(ctx context.Context, path string, o device.SyncOptions, f for
 			return err
 		}
 		if rep.Rejected > 0 {
-			a.say("%d records were rejected: waystage device rejects --file %s", rep.Rejected, path)
+			a.say("%d records were rejected: waystage device rejects ls --file %s", rep.Rejected, path)
 			return silent(exitRejected)
 		}
 		return nil
@@ -303,108 +318,6 @@ func newDeviceStatus(a *app, path *string) *cobra.Command {
 		}}
 	withOutput(c, &f)
 	return c
-}
-
-func newDeviceLog(a *app, path *string) *cobra.Command {
-	var f format
-	var limit int
-	c := &cobra.Command{Use: "log", Short: "Show the last syncs, the newest first", Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			return a.withDevice(c.Context(), *path, false, "cannot read the log", func(d *device.Device) error {
-				l, err := d.Log(c.Context())
-				if err != nil {
-					return err
-				}
-				if limit > 0 && len(l) > limit {
-					l = l[:limit]
-				}
-				number := func(get func(device.Report) int) func(device.Report) string {
-					return func(r device.Report) string { return strconv.Itoa(get(r)) }
-				}
-				return printRows(a.out, f, l, []column[device.Report]{
-					{"started", func(r device.Report) string { return r.Started.Local().Format(time.DateTime) }},
-					{"took", func(r device.Report) string { return span(r.Duration) }},
-					{"sent", number(func(r device.Report) int { return r.Sent })},
-					{"applied", number(func(r device.Report) int { return r.Applied })},
-					{"rejected", number(func(r device.Report) int { return r.Rejected })},
-					{"received", number(func(r device.Report) int { return int(r.Rows) })},
-					{"error", func(r device.Report) string { return shorten(r.Error, 80) }},
-				})
-			})
-		}}
-	c.Flags().IntVar(&limit, "limit", 20, "at most so many; 0: all")
-	withOutput(c, &f)
-	return c
-}
-
-func newDeviceRejects(a *app, path *string) *cobra.Command {
-	var f format
-	var all bool
-	c := &cobra.Command{Use: "rejects", Short: "Show the rejected log: what was sent, and what the server has instead", Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			return a.withDevice(c.Context(), *path, false, "cannot read the rejected log", func(d *device.Device) error {
-				l, err := d.Rejects(c.Context())
-				if err != nil {
-					return err
-				}
-				if f != "table" {
-					return printRows(a.out, f, l, nil)
-				}
-				for i, r := range l {
-					if i > 0 {
-						fmt.Fprintln(a.out)
-					}
-					printDeviceReject(a, r, all)
-				}
-				if len(l) == 0 {
-					a.say("nothing was rejected")
-				}
-				return nil
-			})
-		}}
-	c.Flags().BoolVarP(&all, "all", "a", false, "show columns that are the same everywhere, too")
-	withOutput(c, &f)
-	return c
-}
-
-func printDeviceReject(a *app, r device.Reject, all bool) {
-	number := ""
-	if r.ID != 0 {
-		number = fmt.Sprintf(" (no. %d in the server's log)", r.ID)
-	}
-	words := map[string]string{protocol.Insert: "insert into", protocol.Update: "update of", protocol.Delete: "delete from"}
-	fmt.Fprintf(a.out, "%s  %s %s, key %s: %s%s\n  %s\n", r.At.Local().Format(time.DateTime), words[r.Op], r.Table, clean(joinKey(r.Key)), r.Code, number, clean(r.Detail))
-	show := func(label string, m map[string]*string) {
-		if m == nil {
-			fmt.Fprintf(a.out, "  %-9s no such row\n", label)
-			return
-		}
-		var parts []string
-		for _, n := range sortedKeys(m) {
-			if all || !sameValue(r.Base, r.Right, n) || !sameValue(r.Sent, r.Right, n) {
-				parts = append(parts, n+" = "+cell(m, n))
-			}
-		}
-		fmt.Fprintf(a.out, "  %-9s %s\n", label, orDash(strings.Join(parts, ", ")))
-	}
-	show("you sent", r.Sent)
-	show("based on", r.Base)
-	show("now right", r.Right)
-}
-
-// sameValue tells that two images agree in a column, or that one of them does not have it.
-func sameValue(a, b map[string]*string, name string) bool {
-	x, ok1 := a[name]
-	y, ok2 := b[name]
-	switch {
-	case a == nil || b == nil:
-		return false
-	case !ok1 || !ok2:
-		return true
-	case x == nil || y == nil:
-		return x == y
-	}
-	return *x == *y
 }
 
 func newPending(a *app, path *string) *cobra.Command {

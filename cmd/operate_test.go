@@ -52,6 +52,45 @@ func newOperator(t testing.TB) *operator {
 	return o
 }
 
+// init makes the configuration files.
+func (o *operator) init() {
+	o.t.Helper()
+	if got := waystage(o.t, nil, "", "init", "--source", o.source, "--mirror", o.mirror, "--dir", o.dir); got.code != exitOK {
+		o.t.Fatalf("%+v", got)
+	}
+}
+
+// serve runs a server with these definitions and settings until stop.
+func (o *operator) serve(definitions string, set ...string) (stop func()) {
+	o.t.Helper()
+	if err := os.WriteFile(filepath.Join(o.dir, "definitions.yaml"), []byte(definitions), 0o600); err != nil {
+		o.t.Fatal(err)
+	}
+	o.nats = freePort(o.t)
+	conf, err := load(&terminal{}, o.config, append([]string{"nats.embedded.listen=" + o.nats}, set...))
+	if err != nil {
+		o.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(o.t.Context())
+	ready, ended := make(chan Info, 1), make(chan error, 1)
+	go func() {
+		ended <- Serve(ctx, conf, zaptest.NewLogger(o.t, zaptest.Level(zap.ErrorLevel)), func(i Info) { ready <- i })
+	}()
+	select {
+	case <-ready:
+	case err := <-ended:
+		o.t.Fatal(err)
+	case <-time.After(2 * time.Minute):
+		o.t.Fatal("the server does not get ready")
+	}
+	return func() {
+		cancel()
+		if err := <-ended; err != nil {
+			o.t.Errorf("the server ended with %v", err)
+		}
+	}
+}
+
 // run runs a command line that must end with the code.
 func (o *operator) run(code int, stdin, line string) outcome {
 	o.t.Helper()
@@ -183,37 +222,10 @@ func TestInitNATS(t *testing.T) {
 // TestOperate works every command of operator and device against a running server.
 func TestOperate(t *testing.T) {
 	o := newOperator(t)
-	if got := waystage(t, nil, "", "init", "--source", o.source, "--mirror", o.mirror, "--dir", o.dir); got.code != exitOK {
-		t.Fatalf("%+v", got)
-	}
+	o.init()
 	o.run(exitPrecondition, "", "users ls") // before the set-up
-	if err := os.WriteFile(filepath.Join(o.dir, "definitions.yaml"), []byte(nurse.Definitions()), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	o.nats = freePort(t)
 	health := freePort(t)
-	conf, err := load(&terminal{}, o.config, []string{"nats.embedded.listen=" + o.nats, "health.listen=" + health})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	ready, ended := make(chan Info, 1), make(chan error, 1)
-	go func() {
-		ended <- Serve(ctx, conf, zaptest.NewLogger(t, zaptest.Level(zap.ErrorLevel)), func(i Info) { ready <- i })
-	}()
-	stop := func() {
-		cancel()
-		if err := <-ended; err != nil {
-			t.Errorf("the server ended with %v", err)
-		}
-	}
-	select {
-	case <-ready:
-	case err := <-ended:
-		t.Fatal(err)
-	case <-time.After(2 * time.Minute):
-		t.Fatal("the server does not get ready")
-	}
+	stop := o.serve(nurse.Definitions(), "health.listen="+health)
 	defer func() {
 		if stop != nil {
 			stop()
@@ -305,11 +317,12 @@ func TestOperate(t *testing.T) {
 	if b, err := os.ReadFile(exported); err != nil || strings.Count(string(b), "\n") != 1 {
 		t.Errorf("ndjson export: %q %v", b, err)
 	}
-	for _, line := range []string{"device log", "device rejects", "device pending", "device status", "device log -o json", "device rejects -a"} {
+	for _, line := range []string{"device log", "device syncs", "device rejects", "device pending", "device status", "device log -o json", "device rejects show 1 -a"} {
 		if got := o.run(exitOK, "", line+dev); got.out == "" {
 			t.Errorf("%s prints nothing", line)
 		}
 	}
+	o.handleOnDevice(dev)
 
 	// Pools: what is asked for is in force at once and visible from outside.
 	rows := data[[]poolRow](o, exitOK, "pools ls -o json")

@@ -180,6 +180,9 @@ func (t *txn) settle(c *catalogue, sess *session, first, last *protocol.Page, ag
 	if err := t.exec(`UPDATE _ws_state SET open_n = NULL`); err != nil {
 		return err
 	}
+	if err := t.reached(sess, "staged"); err != nil { // or there would be no reply
+		return err
+	}
 	if err := t.exec(`DELETE FROM _ws_inbox`); err != nil {
 		return err
 	}

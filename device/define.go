@@ -257,6 +257,10 @@ func (t *txn) discard(setName string, tab *table) error {
 	if err := t.exec(`UPDATE _ws_set SET hash = '', cursor = '' WHERE name <> ? AND name IN (SELECT set_name FROM _ws_set_table WHERE wire = ?)`, setName, tab.Wire); err != nil {
 		return err
 	}
+	// Their receipts go on as those of the rejections just made.
+	if err := t.exec(`DELETE FROM _ws_receipt WHERE (incarnation, n, idx) IN (SELECT incarnation, n, idx FROM _ws_record WHERE wire = ? AND state = 'sent')`, tab.Wire); err != nil {
+		return err
+	}
 	if err := t.exec(`DELETE FROM _ws_record WHERE wire = ? AND state = 'sent'`, tab.Wire); err != nil {
 		return err
 	}

@@ -28,7 +28,6 @@ type Options struct {
 	MostChanges int             // changes per session; 0: 20,000. What is left follows in another session of the same sync
 	MostBytes   int             // bytes of changes per session before encoding; 0: 8 MiB
 	PartSize    int             // bytes per message; 0: 480 KiB, which leaves room for headers below the broker's 512 KiB
-	KeepLog     int             // entries kept in the log of syncs; 0: 200
 	Limits      protocol.Limits // zero: protocol.DefaultLimits
 }
 
@@ -70,9 +69,6 @@ func Open(ctx context.Context, path string, o Options) (*Device, error) {
 	}
 	if o.PartSize <= 0 {
 		o.PartSize = 480 << 10
-	}
-	if o.KeepLog <= 0 {
-		o.KeepLog = 200
 	}
 	if o.Limits == (protocol.Limits{}) {
 		o.Limits = protocol.DefaultLimits()

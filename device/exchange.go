@@ -82,7 +82,7 @@ func (x *exchange) mustSend(ctx context.Context, have inbox) (bool, error) {
 	var e *protocol.Error
 	switch {
 	case err == nil:
-		return !x.arrived(st), nil
+		return !x.arrived(st), x.learned(ctx, st)
 	case errors.As(err, &e):
 		if e.Code == protocol.CodeBlocked {
 			return false, explain("session "+x.sess.token(), err)
@@ -127,7 +127,24 @@ func (x *exchange) put(ctx context.Context) (*protocol.Error, error) {
 		x.rep.BytesUp += int64(len(part.Data))
 	}
 	x.progress(StageUpload, int64(len(data)), int64(len(data)))
-	return nil, nil
+	return nil, x.reached(ctx, "received")
+}
+
+// reached notes how far the session's records have come.
+func (x *exchange) reached(ctx context.Context, hop string) error {
+	if x.sess.Records == 0 {
+		return nil
+	}
+	return x.d.write(ctx, func(t *txn) error { return t.reached(x.sess, hop) })
+}
+
+// learned notes what the server says of a session.
+func (x *exchange) learned(ctx context.Context, st protocol.Status) error {
+	switch st.State {
+	case "staged", "merged", "replied":
+		return x.reached(ctx, "staged")
+	}
+	return nil
 }
 
 // take sorts an error of a call: wait and try again (nil, nil), a refusal of the session, or the end of this sync.
@@ -188,7 +205,7 @@ func (x *exchange) fetch(ctx context.Context, have inbox) (*protocol.Error, erro
 		}
 		asked = now
 		if st, err := x.tr.Status(ctx, x.sess.token()); err == nil && x.arrived(st) && st.State != "replied" {
-			return nil, nil // it is being worked on
+			return nil, x.learned(ctx, st) // it is being worked on
 		}
 		return again() // not there, or its pages have expired
 	}

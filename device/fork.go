@@ -132,6 +132,8 @@ func (t *txn) thaw(sess *session) error {
 	}
 	for _, q := range []string{
 		`DELETE FROM _ws_record WHERE incarnation = ? AND n = ?`,
+		`DELETE FROM _ws_receipt WHERE incarnation = ? AND n = ?`,
+		`DELETE FROM _ws_session WHERE incarnation = ? AND n = ?`,
 		`DELETE FROM _ws_outbox WHERE incarnation = ? AND n = ?`,
 	} {
 		if err := t.exec(q, sess.Incarnation, sess.N); err != nil {
@@ -157,8 +159,13 @@ func (t *txn) fork(epoch bool) error {
 	}
 	if epoch {
 		// What had merged without reaching the source is lost with the mirror, unless it is sent again.
-		if err := t.exec(`UPDATE _ws_record SET state = 'sent' WHERE state = 'merged'`); err != nil {
-			return err
+		for _, q := range []string{
+			`UPDATE _ws_record SET state = 'sent' WHERE state = 'merged'`,
+			`UPDATE _ws_receipt SET state = 'sent', merged = NULL, version = '' WHERE state = 'merged'`,
+		} {
+			if err := t.exec(q); err != nil {
+				return err
+			}
 		}
 	}
 	type frozen struct {

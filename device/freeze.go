@@ -48,6 +48,7 @@ type carried struct {
 	tab *table
 	id  int64
 	protocol.Change
+	edited int64 // when the user first touched the row: milliseconds since 1970
 }
 
 // freeze opens the next session of a set: one durable commit of the request's bytes, its number and nonce, and the
@@ -78,6 +79,9 @@ func (d *Device) freeze(t *txn, c *catalogue, st state, s *set, wait string) (se
 	for i, r := range rows {
 		req.Changes = append(req.Changes, r.Change)
 		if _, err := t.run(`INSERT INTO _ws_record (incarnation, n, idx, wire, state) VALUES (?, ?, ?, ?, 'sent')`, req.Incarnation, req.N, i, r.tab.Wire); err != nil {
+			return nil, false, err
+		}
+		if err := t.receipt(req.Incarnation, req.N, int64(i), r.Change, r.edited); err != nil {
 			return nil, false, err
 		}
 		if r.id == 0 {
@@ -123,6 +127,11 @@ func (d *Device) freeze(t *txn, c *catalogue, st state, s *set, wait string) (se
 		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, sess.Incarnation, sess.N, sess.Set, sess.Nonce, sess.CursorFrom,
 		sess.Payload.ContentType, sess.Payload.Encoding, sess.Payload.Data, sess.Records, seq, time.Now().Unix()); err != nil {
 		return nil, false, err
+	}
+	if len(rows) > 0 {
+		if err := t.exec(`INSERT INTO _ws_session (incarnation, n, set_name, frozen) VALUES (?, ?, ?, ?)`, sess.Incarnation, sess.N, sess.Set, now()); err != nil {
+			return nil, false, err
+		}
 	}
 	if err := t.exec(`DELETE FROM _ws_inbox`); err != nil {
 		return nil, false, err
@@ -211,7 +220,7 @@ gather:
 			oldest = x.dirty.touched
 			req.Oldest = time.Unix(oldest, 0).UTC().Format(time.RFC3339)
 		}
-		rows = append(rows, carried{m.table, x.id, *x.Change})
+		rows = append(rows, carried{m.table, x.id, *x.Change, x.dirty.touched * 1000})
 	}
 	return rows, more, nil
 }
@@ -373,18 +382,18 @@ func (t *txn) rejectHere(setName string, tab *table, d *dirty, live []any, unit 
 	if err := t.get(`SELECT incarnation FROM _ws_state`, nil, &inc); err != nil {
 		return err
 	}
-	op := protocol.Update
-	switch {
-	case live == nil:
-		op = protocol.Delete
-	case !d.base:
-		op = protocol.Insert
-	}
+	op := operation(d, live)
 	r := rejection{
 		incarnation: inc, n: 0, idx: n, unit: unit, set: setName, tab: tab, op: op, key: tab.toWire(tab.key, d.key),
 		base: tab.image(d.baseRow), sent: tab.image(live), state: protocol.Rejected, code: code, detail: detail,
 	}
 	if err := t.breakUnit(tab, d, failing(&protocol.Change{Table: tab.Wire, Key: r.key}, code, detail)); err != nil {
+		return err
+	}
+	if err := t.receipt(inc, 0, n, protocol.Change{Table: tab.Wire, Op: op, Key: r.key, Unit: unit}, d.touched*1000); err != nil {
+		return err
+	}
+	if err := t.told(inc, 0, n, protocol.Verdict{State: protocol.Rejected, Code: code, Detail: detail}); err != nil {
 		return err
 	}
 	if err := t.restore(tab, d); err != nil {
@@ -450,7 +459,11 @@ func (t *txn) resend(c *catalogue, st state, s *set, req *protocol.Request) (row
 		if err != nil {
 			return nil, 0, err
 		}
-		rows = append(rows, carried{tab, id, ch}) // no mark: it had merged, in a mirror that is no more
+		var edited int64
+		if err := t.get(`DELETE FROM _ws_receipt WHERE incarnation = ? AND n = ? AND idx = ? RETURNING edited`, []any{inc, n, i}, &edited); err != nil && !errors.Is(err, sql.ErrNoRows) {
+			return nil, 0, err
+		}
+		rows = append(rows, carried{tab, id, ch, edited}) // no mark: it had merged, in a mirror that is no more
 	}
 	if len(rows) > 0 {
 		req.Columns = old.Columns

@@ -26,7 +26,7 @@ type Status struct {
 	Unsent      int         `json:"unsent"`   // edits that no session carries
 	Sent        int         `json:"sent"`     // edits on their way to the merge
 	Merged      int         `json:"merged"`   // edits in the mirror, waiting for the source
-	Rejects     int         `json:"rejects"`  // entries of the rejected log
+	Rejects     int         `json:"rejects"`  // open entries of the rejected log
 	Problems    []string    `json:"problems"` // of the capture
 }
 
@@ -109,16 +109,10 @@ func (d *Device) Status(ctx context.Context) (s Status, err error) {
 				s.Problems = append(s.Problems, "table "+tab.Local+": the capture triggers are not as installed; see Repair")
 			}
 		}
-		return t.get(`SELECT count(*) FROM _ws_rejected`, nil, &s.Rejects)
+		return t.get(`SELECT count(*) FROM _ws_rejected WHERE handling = 'open'`, nil, &s.Rejects)
 	})
 	return s, err
 }
-
-// States of a pending edit, beside protocol.Merged.
-const (
-	Unsent = "unsent" // no session carries it
-	Sent   = "sent"   // frozen in a session, no verdict yet
-)
 
 // Edit is a local change without a final outcome.
 type Edit struct {
@@ -162,14 +156,7 @@ func (d *Device) pending(t *txn, c *catalogue) (l []Edit, err error) {
 				return nil, err
 			}
 			e := Edit{Table: tab.Wire, Local: tab.Local, Key: tab.toWire(tab.key, dr.key), State: Unsent, Since: time.Unix(dr.touched, 0).UTC(), Base: tab.image(dr.baseRow), Now: tab.image(live)}
-			switch {
-			case dr.base && live == nil:
-				e.Op = protocol.Delete
-			case !dr.base && live != nil:
-				e.Op = protocol.Insert
-			default:
-				e.Op = protocol.Update
-			}
+			e.Op = operation(dr, live)
 			if dr.batch.Valid {
 				e.State = Sent
 			} else if tab.undone(dr, live) {
@@ -212,60 +199,8 @@ func (d *Device) pending(t *txn, c *catalogue) (l []Edit, err error) {
 	return l, nil
 }
 
-// Reject is an entry of the rejected log: what was sent, what it was based on, and what the server has instead.
-// Images are {column: PostgreSQL text or null}.
-type Reject struct {
-	Session      string             `json:"session"` // token; with number 0 for an edit that the device itself refused
-	Index        int64              `json:"index"`
-	ID           int64              `json:"id,omitempty"` // number in the server's log
-	At           time.Time          `json:"at"`           // when the device learned of it
-	Set          string             `json:"set"`
-	Table        string             `json:"table"`
-	Local        string             `json:"local"`
-	Op           string             `json:"op"`
-	Key          []*string          `json:"key"`
-	Base         map[string]*string `json:"base,omitempty"`
-	Sent         map[string]*string `json:"sent,omitempty"`  // null: a delete
-	Right        map[string]*string `json:"right,omitempty"` // null: the server has no such row
-	RightVersion string             `json:"right_version,omitempty"`
-	State        string             `json:"state"` // protocol.Rejected (by the merge, or here) or protocol.Refused (by the source)
-	Code         protocol.Code      `json:"code"`
-	Detail       string             `json:"detail"`
-	Constraint   string             `json:"constraint,omitempty"`
-}
-
-// Rejects reads the rejected log, oldest first.
-func (d *Device) Rejects(ctx context.Context) (l []Reject, err error) {
-	err = d.read(ctx, func(t *txn) error {
-		return t.each(`SELECT incarnation, n, idx, id, at, set_name, wire, local, op, key, base, sent, right, right_version, state, code, detail, constraint_name
-			FROM _ws_rejected ORDER BY at, rowid`, nil, func(scan func(...any) error) error {
-			var r Reject
-			var inc, key string
-			var n, at int64
-			var base, sent, right sql.NullString
-			if err := scan(&inc, &n, &r.Index, &r.ID, &at, &r.Set, &r.Table, &r.Local, &r.Op, &key, &base, &sent, &right, &r.RightVersion, &r.State, &r.Code, &r.Detail, &r.Constraint); err != nil {
-				return err
-			}
-			r.Session, r.At = protocol.SessionToken(inc, n), time.Unix(at, 0).UTC()
-			for _, x := range []struct {
-				text sql.NullString
-				into any
-			}{{sql.NullString{String: key, Valid: true}, &r.Key}, {base, &r.Base}, {sent, &r.Sent}, {right, &r.Right}} {
-				if x.text.Valid {
-					if err := json.Unmarshal([]byte(x.text.String), x.into); err != nil {
-						return err
-					}
-				}
-			}
-			l = append(l, r)
-			return nil
-		})
-	})
-	return l, err
-}
-
-// Log reads the reports of the last syncs, newest first.
-func (d *Device) Log(ctx context.Context) (l []Report, err error) {
+// Syncs reads the reports of the last syncs, newest first.
+func (d *Device) Syncs(ctx context.Context) (l []Report, err error) {
 	err = d.read(ctx, func(t *txn) error {
 		return t.each(`SELECT id, report FROM _ws_log ORDER BY id DESC`, nil, func(scan func(...any) error) error {
 			var id int64

@@ -2,11 +2,13 @@ package device
 
 import (
 	"database/sql"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
+	"unicode/utf8"
 )
 
 // Where the server's image of a dirty row is.
@@ -37,6 +39,80 @@ func (tab *table) undone(d *dirty, live []any) bool {
 
 // image is a row as the wire carries it, by column name.
 type image map[string]*string
+
+// values are a key as the wire carries it.
+type values []*string
+
+// The JSON of images and keys in our own tables has text that is not UTF-8 as {"hex": "..."}: it cannot be sent, but
+// what the user wrote is not to be lost.
+
+func (m image) MarshalJSON() ([]byte, error) {
+	if m == nil {
+		return []byte("null"), nil
+	}
+	out := make(map[string]any, len(m))
+	for c, v := range m {
+		out[c] = kept(v)
+	}
+	return json.Marshal(out)
+}
+
+func (m *image) UnmarshalJSON(text []byte) error {
+	var in map[string]cell
+	if err := json.Unmarshal(text, &in); err != nil {
+		return err
+	}
+	*m = make(image, len(in))
+	for c, v := range in {
+		(*m)[c] = v.v
+	}
+	return nil
+}
+
+func (l values) MarshalJSON() ([]byte, error) {
+	out := make([]any, len(l))
+	for i, v := range l {
+		out[i] = kept(v)
+	}
+	return json.Marshal(out)
+}
+
+func (l *values) UnmarshalJSON(text []byte) error {
+	var in []cell
+	if err := json.Unmarshal(text, &in); err != nil {
+		return err
+	}
+	for _, v := range in {
+		*l = append(*l, v.v)
+	}
+	return nil
+}
+
+func kept(v *string) any {
+	switch {
+	case v == nil:
+		return nil
+	case utf8.ValidString(*v):
+		return *v
+	}
+	return map[string]string{"hex": hex.EncodeToString([]byte(*v))}
+}
+
+type cell struct{ v *string }
+
+func (c *cell) UnmarshalJSON(text []byte) error {
+	if len(text) == 0 || text[0] != '{' {
+		return json.Unmarshal(text, &c.v)
+	}
+	var raw struct{ Hex string }
+	if err := json.Unmarshal(text, &raw); err != nil {
+		return err
+	}
+	b, err := hex.DecodeString(raw.Hex)
+	s := string(b)
+	c.v = &s
+	return err
+}
 
 func (tab *table) image(row []any) image {
 	if row == nil {

@@ -76,7 +76,7 @@ func TestConflict(t *testing.T) {
 	srv.mustSync(t, b)
 	srv.same(t, a)
 	srv.same(t, b)
-	log, err := a.Log(ctx)
+	log, err := a.Syncs(ctx)
 	if err != nil || len(log) != 3 || log[0].Rejected != 1 || log[0].ID != 3 {
 		t.Fatalf("%v %+v", err, log)
 	}

@@ -22,6 +22,7 @@ const format = 1
 //	_ws_record    those records; gone when final
 //	_ws_inbox     pages of the reply that is being fetched
 //	_ws_rejected  the rejected log
+//	_ws_receipt   what has become of each record, for Log; the times of what a session has in common are in _ws_session
 //	_ws_log       a ring of the last syncs
 //	_ws_broken    units of which the device itself rejected a row
 //	waystage_unit the application's: while it has its one row, edits belong together (see unit.go)
@@ -41,6 +42,9 @@ CREATE TABLE IF NOT EXISTS _ws_state (
   generation INTEGER NOT NULL DEFAULT 0,
   local_rejects INTEGER NOT NULL DEFAULT 0,
   most_changes INTEGER NOT NULL DEFAULT 0,
+  keep_rejects INTEGER NOT NULL DEFAULT 0,
+  keep_receipts INTEGER NOT NULL DEFAULT 0,
+  keep_syncs INTEGER NOT NULL DEFAULT 0,
   user TEXT NOT NULL DEFAULT '',
   device TEXT NOT NULL DEFAULT '',
   servers TEXT NOT NULL DEFAULT '',
@@ -131,6 +135,36 @@ CREATE TABLE IF NOT EXISTS _ws_log (
   id INTEGER PRIMARY KEY AUTOINCREMENT,
   report TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS _ws_session (
+  incarnation TEXT NOT NULL,
+  n INTEGER NOT NULL,
+  set_name TEXT NOT NULL,
+  frozen INTEGER NOT NULL,
+  received INTEGER,
+  staged INTEGER,
+  PRIMARY KEY (incarnation, n)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS _ws_session_frozen ON _ws_session (frozen);
+CREATE TABLE IF NOT EXISTS _ws_receipt (
+  incarnation TEXT NOT NULL,
+  n INTEGER NOT NULL,
+  idx INTEGER NOT NULL,
+  wire TEXT NOT NULL,
+  op TEXT NOT NULL,
+  key TEXT NOT NULL,
+  unit INTEGER NOT NULL,
+  edited INTEGER NOT NULL,
+  state TEXT NOT NULL,
+  merged INTEGER,
+  final INTEGER,
+  version TEXT NOT NULL DEFAULT '',
+  code TEXT NOT NULL DEFAULT '',
+  detail TEXT NOT NULL DEFAULT '',
+  constraint_name TEXT NOT NULL DEFAULT '',
+  id INTEGER NOT NULL DEFAULT 0,
+  PRIMARY KEY (incarnation, n, idx)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS _ws_receipt_final ON _ws_receipt (final) WHERE final IS NOT NULL;
 CREATE TABLE IF NOT EXISTS _ws_broken (
   unit INTEGER PRIMARY KEY,
   why TEXT NOT NULL

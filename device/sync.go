@@ -230,7 +230,7 @@ func (d *Device) ack(ctx context.Context, tr Transport, sess *session) {
 	}
 }
 
-// record writes the log of syncs.
+// record writes the log of syncs, and forgets what was kept long enough.
 func (d *Device) record(ctx context.Context, rep *Report) error {
 	return d.write(ctx, func(t *txn) error {
 		text, err := json.Marshal(rep)
@@ -240,6 +240,6 @@ func (d *Device) record(ctx context.Context, rep *Report) error {
 		if err := t.get(`INSERT INTO _ws_log (report) VALUES (?) RETURNING id`, []any{string(text)}, &rep.ID); err != nil {
 			return err
 		}
-		return t.exec(`DELETE FROM _ws_log WHERE id <= ?`, rep.ID-int64(d.opts.KeepLog))
+		return t.prune(rep.ID)
 	})
 }

@@ -29,7 +29,7 @@ type rejection struct {
 
 // reject writes the log entry, once (rule D9).
 func (t *txn) reject(r *rejection) error {
-	key, err := jsonText(r.key)
+	key, err := jsonText(values(r.key))
 	if err != nil {
 		return err
 	}
@@ -143,6 +143,9 @@ func (j *judge) verdict(v protocol.Verdict) error {
 		if d, err = j.carried(f.tab, v); err != nil {
 			return err
 		}
+	}
+	if err := j.t.told(v.Incarnation, v.N, int64(v.Index), v); err != nil {
+		return err
 	}
 	switch v.State {
 	case protocol.Merged:
