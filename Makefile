@@ -46,10 +46,10 @@ bench: build ## measure, on clusters of its own, into bench.json
 	bin/waystage bench $(ARGS)
 
 # A binary run by itself shows its lines as they come.
-chaos: ## random histories: SEEDS=10 SEED=first SHRINK=1 KEEP=folder TAGS=sabotage
+chaos: ## random histories: SEEDS=10 SEED=first SHRINK=1 STOP=1 KEEP=folder TAGS=sabotage
 	@scripts/postgresql.sh 15 >/dev/null
 	$(GO) test -c -tags '$(TAGS)' -o bin/chaos.test ./test/chaos
-	cd test/chaos && WAYSTAGE_CHAOS_SEEDS=$(or $(SEEDS),10) WAYSTAGE_CHAOS_SEED=$(SEED) WAYSTAGE_CHAOS_SHRINK=$(SHRINK) WAYSTAGE_CHAOS_KEEP=$(KEEP) \
+	cd test/chaos && WAYSTAGE_CHAOS_SEEDS=$(or $(SEEDS),10) WAYSTAGE_CHAOS_SEED=$(SEED) WAYSTAGE_CHAOS_SHRINK=$(SHRINK) WAYSTAGE_CHAOS_KEEP=$(KEEP) WAYSTAGE_CHAOS_STOP=$(STOP) \
 		../../bin/chaos.test -test.run '^TestHistories$$' -test.timeout 0
 
 fuzz: ## each fuzz target for FUZZ_TIME (20s)
