@@ -103,13 +103,13 @@ func (w *table) settle(ctx context.Context, tx querier, items []settlement) erro
 			return fmt.Errorf("settle %s: %w", w.FullName(), err)
 		}
 	}
+	if sabotage.On(sabotage.KeepRefused) {
+		put = slices.DeleteFunc(put, func(s settlement) bool { return !s.accepted })
+	}
 	if len(put) == 0 {
 		return nil
 	}
 	lw, mver := make([]*string, len(put)), make([]int64, len(put))
-	if sabotage.On(sabotage.KeepRefused) {
-		put = slices.DeleteFunc(put, func(s settlement) bool { return !s.accepted })
-	}
 	for r, s := range put {
 		lw[r], mver[r] = s.by.lw, s.by.mver
 	}

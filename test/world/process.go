@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -64,6 +66,11 @@ func (p *Process) Start() error {
 	return err
 }
 
+// ofTests tells of a variable of the environment whether it is for tests alone: the program warns of what it does not know.
+func ofTests(v string) bool {
+	return strings.HasPrefix(v, "WAYSTAGE_TEST_") || strings.HasPrefix(v, "WAYSTAGE_CHAOS_")
+}
+
 // run keeps its thread for itself: the kernel kills the child when the thread ends that started it.
 func (p *Process) run(ended chan struct{}, started chan error) {
 	runtime.LockOSThread()
@@ -76,7 +83,7 @@ func (p *Process) run(ended chan struct{}, started chan error) {
 			return
 		}
 		cmd := exec.Command(p.Args[0], p.Args[1:]...)
-		cmd.Env = append(os.Environ(), p.Env...)
+		cmd.Env = append(slices.DeleteFunc(os.Environ(), ofTests), p.Env...)
 		cmd.Stdin, cmd.Stdout, cmd.Stderr = p.Stdin, log, log
 		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		err = cmd.Start()
