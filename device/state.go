@@ -311,11 +311,21 @@ func (t *txn) close() {
 
 // exec runs a statement that will not come again in this transaction.
 func (t *txn) exec(q string, args ...any) error {
-	_, err := t.conn.ExecContext(t.ctx, q, args...)
+	_, err := t.conn.ExecContext(t.ctx, q, bound(args)...)
 	if err != nil {
 		return fmt.Errorf("%w (in %s)", err, abridged(q))
 	}
 	return nil
+}
+
+// bound keeps empty blobs from becoming nulls: a driver may read them as nil, and binds nil as null.
+func bound(args []any) []any {
+	for i, a := range args {
+		if b, ok := a.([]byte); ok && b == nil {
+			args[i] = []byte{}
+		}
+	}
+	return args
 }
 
 func (t *txn) prepared(q string) (*sql.Stmt, error) {
@@ -336,7 +346,7 @@ func (t *txn) run(q string, args ...any) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	res, err := s.ExecContext(t.ctx, args...)
+	res, err := s.ExecContext(t.ctx, bound(args)...)
 	if err != nil {
 		return 0, fmt.Errorf("%w (in %s)", err, abridged(q))
 	}
@@ -349,7 +359,7 @@ func (t *txn) get(q string, args []any, into ...any) error {
 	if err != nil {
 		return err
 	}
-	err = s.QueryRowContext(t.ctx, args...).Scan(into...)
+	err = s.QueryRowContext(t.ctx, bound(args)...).Scan(into...)
 	if err != nil && !errors.Is(err, sql.ErrNoRows) {
 		return fmt.Errorf("%w (in %s)", err, abridged(q))
 	}
@@ -358,7 +368,7 @@ func (t *txn) get(q string, args []any, into ...any) error {
 
 // each calls fn for every row; scan reads the columns. fn must not use the transaction.
 func (t *txn) each(q string, args []any, fn func(scan func(...any) error) error) error {
-	rows, err := t.conn.QueryContext(t.ctx, q, args...)
+	rows, err := t.conn.QueryContext(t.ctx, q, bound(args)...)
 	if err != nil {
 		return fmt.Errorf("%w (in %s)", err, abridged(q))
 	}

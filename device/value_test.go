@@ -83,7 +83,18 @@ func TestValuesRoundTrip(t *testing.T) {
 				if toWire(tab.Cols[1].kind, row[1]) != nil {
 					t.Errorf("%s: null came back as %v", typ, row[1])
 				}
-				if err := tx.remove(tab, []any{v}); err != nil {
+				// What was read can be written again.
+				if err := tx.put(tab, []int{0, 1}, []any{row[0], row[0]}); err != nil {
+					return err
+				}
+				row, err = tx.live(tab, row[:1])
+				if err != nil || row == nil {
+					return fmt.Errorf("%s %q: no row by its key as it was read: %w", typ, s, err)
+				}
+				if got := toWire(tab.Cols[1].kind, row[1]); got == nil || *got != s {
+					t.Errorf("%s: %q was read and written, and is %v", typ, s, row[1])
+				}
+				if err := tx.remove(tab, row[:1]); err != nil {
 					return err
 				}
 			}
