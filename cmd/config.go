@@ -96,8 +96,9 @@ type Reply struct {
 type Retention struct {
 	Replies    Duration `koanf:"replies" doc:"Reply pages that a device does not fetch; composed again when it asks later."`
 	Tombstones Duration `koanf:"tombstones" doc:"Deleted keys. A device away for longer gets a full refresh of its rows (its unsent changes stay)."`
-	Ledger     Duration `koanf:"ledger" doc:"Outcomes of applied records."`
-	Rejects    Duration `koanf:"rejects" doc:"The log of rejected records."`
+	Ledger     Duration `koanf:"ledger" doc:"Outcomes of applied records and sessions, for 'waystage receipts'. What a device has not heard of stays."`
+	Rejects    Duration `koanf:"rejects" doc:"Rejected records that no operator has handled."`
+	Handled    Duration `koanf:"handled" doc:"Rejected records that were discarded, or retried and applied, counted from then."`
 	WAL        Size     `koanf:"wal" doc:"WAL that a slot may hold back before /readyz and 'status' warn. The hard bound is the server's max_slot_wal_keep_size."`
 }
 
@@ -124,7 +125,7 @@ func Defaults() Config {
 		Limits: Limits{Session: 64 << 20, Records: 100_000, Row: 1 << 20, Page: 256 << 10, QueueBytes: 512 << 20, ChangeBytes: 512 << 20, OutputBytes: 1 << 30},
 		Reply:  Reply{WaitSource: Duration(10 * time.Second), Hold: Duration(5 * time.Second)},
 		Retention: Retention{Replies: Duration(7 * day), Tombstones: Duration(60 * day), Ledger: Duration(30 * day),
-			Rejects: Duration(365 * day), WAL: 4 << 30},
+			Rejects: Duration(365 * day), Handled: Duration(90 * day), WAL: 4 << 30},
 		Health: Health{Listen: "127.0.0.1:8222"},
 		Log:    Log{Level: "info", Format: "auto"},
 	}

@@ -18,6 +18,8 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/spf13/cobra"
+
+	"github.com/waystage/waystage/protocol"
 )
 
 // image is a row as column -> PostgreSQL text; a nil image: there was no row.
@@ -42,63 +44,137 @@ type reject struct {
 	Base       image      `json:"base"`             // what the edit was made on
 	Sent       image      `json:"sent"`             // what the device sent: changed columns of an update, all of an insert
 	Stood      image      `json:"stood"`            // what stood in the mirror
+	Unit       int64      `json:"unit,omitempty"`   // number of the device's transaction within the session
+	Status     string     `json:"status"`           // open, retried, discarded, superseded
+	Actions    []action   `json:"actions"`          // what operators did about it, the oldest first
+}
+
+// action is what an operator did about a rejected record.
+type action struct {
+	At     time.Time `json:"at"`
+	Who    string    `json:"who"`
+	Action string    `json:"action"` // retry, discard
+	Note   string    `json:"note,omitempty"`
+	Result *int64    `json:"result,omitempty"` // retry: number of the record that it became, from its merge on
+	State  *string   `json:"state,omitempty"`  // and how far that has come
+	Code   *string   `json:"code,omitempty"`
+}
+
+func (a action) words() string {
+	s := a.Action + " by " + a.Who
+	switch {
+	case a.State == nil && a.Action == "retry":
+		s += ": not merged yet"
+	case a.State != nil:
+		s += fmt.Sprintf(": became record %d, %s", *a.Result, *a.State)
+	}
+	if a.Code != nil {
+		s += " (" + *a.Code + ")"
+	}
+	if a.Note != "" {
+		s += "; " + a.Note
+	}
+	return s
 }
 
 // rejectFilter chooses records of the log.
 type rejectFilter struct {
 	user, device, table, reason, since, until string
+	session                                   string
+	unit                                      int64
+	status                                    string
 	limit                                     int
 }
 
-func (f *rejectFilter) flags(c *cobra.Command, limit int) {
+// rejectStatuses are the values of --state.
+var rejectStatuses = []string{"open", "retried", "discarded", "superseded"}
+
+// flags adds the filter's flags to a command; status is the default of --state.
+func (f *rejectFilter) flags(a *app, c *cobra.Command, limit int, status string) {
 	c.Flags().StringVar(&f.user, "user", "", "of this user")
 	c.Flags().StringVar(&f.device, "device", "", "of this device")
 	c.Flags().StringVar(&f.table, "table", "", "of this table (schema.table, or the name alone)")
 	c.Flags().StringVar(&f.reason, "reason", "", "with this code, e.g. stale_version")
 	c.Flags().StringVar(&f.since, "since", "", "from this time on: 24h, 7d, 2026-01-31 or RFC 3339")
 	c.Flags().StringVar(&f.until, "until", "", "before this time")
-	c.Flags().IntVar(&f.limit, "limit", limit, "at most so many, the newest; 0: all")
+	c.Flags().StringVar(&f.session, "session", "", "of this session (incarnation-number, as 'rejects show' and the device's log have it)")
+	c.Flags().Int64Var(&f.unit, "unit", 0, "of this transaction of the device within --session")
+	c.Flags().StringVar(&f.status, "state", status, "in this state: "+strings.Join(rejectStatuses, ", ")+" or all")
+	if limit >= 0 {
+		c.Flags().IntVar(&f.limit, "limit", limit, "at most so many, the newest; 0: all")
+	}
+	a.completeFilter(c)
+	_ = c.RegisterFlagCompletionFunc("state", cobra.FixedCompletions(append(slices.Clone(rejectStatuses), "all"), cobra.ShellCompDirectiveNoFileComp))
+}
+
+// given tells whether the filter chooses anything.
+func (f *rejectFilter) given() bool {
+	return f.user+f.device+f.table+f.reason+f.since+f.until+f.session != "" || f.unit != 0
 }
 
 const rejectColumns = `
-	SELECT c.id, c.decided_at, coalesce(d.user_name, ''), coalesce(d.name, ''), c.incarnation || '-' || c.n, c.idx, c.tname, c.key, c.op, c.state,
-	       coalesce(c.code, ''), coalesce(c.detail, ''), coalesce(c.constraint_name, ''), coalesce(c.winner, ''), c.base, c.img, c.old
-	  FROM waystage.change c LEFT JOIN waystage.device d ON d.id = c.device_id
-	 WHERE c.state IN ('rejected', 'refused')`
+	SELECT r.id, r.at, r.user_name, r.device_name, r.token, r.idx, r.tname, r.key, r.op, r.state, r.code, r.detail, r.constraint_name, r.winner,
+	       r.base, r.img, r.old, r.unit, r.status,
+	       coalesce((SELECT jsonb_agg(jsonb_build_object('at', a.at, 'who', a.actor, 'action', a.action, 'note', a.note,
+	                   'result', n.id, 'state', n.state, 'code', n.code) ORDER BY a.id)
+	          FROM waystage.reject_action a LEFT JOIN waystage.change n ON n.session_id = a.session_id AND n.idx = a.idx WHERE a.record = r.id), '[]')
+	  FROM waystage.reject r WHERE true`
+
+// where renders the filter as conditions on waystage.reject, with parameters from $(first+1) on.
+func (f *rejectFilter) where(first int) (sql string, args []any, err error) {
+	where := func(cond string, v any) {
+		args = append(args, v)
+		sql += " AND " + strings.ReplaceAll(cond, "?", "$"+strconv.Itoa(first+len(args)))
+	}
+	for _, c := range []struct{ cond, value string }{
+		{"r.user_name = ?", f.user}, {"r.device_name = ?", f.device}, {"(r.tname = ? OR split_part(r.tname, '.', 2) = ?)", f.table}, {"r.code = ?", f.reason},
+	} {
+		if c.value != "" {
+			where(c.cond, c.value)
+		}
+	}
+	for _, c := range []struct{ cond, value string }{{"r.at >= ?", f.since}, {"r.at < ?", f.until}} {
+		if c.value == "" {
+			continue
+		}
+		at, err := moment(c.value, time.Now())
+		if err != nil {
+			return "", nil, usage("%v", err)
+		}
+		where(c.cond, at)
+	}
+	if f.session != "" {
+		if _, _, err := protocol.ParseSession(f.session); err != nil {
+			return "", nil, usage("%v", err)
+		}
+		where("r.token = ?", f.session)
+	}
+	switch {
+	case f.unit != 0 && f.session == "":
+		return "", nil, usage("--unit counts within a session: give --session too")
+	case f.unit != 0:
+		where("r.unit = ?", f.unit)
+	}
+	switch {
+	case slices.Contains(rejectStatuses, f.status):
+		where("r.status = ?", f.status)
+	case f.status != "all":
+		return "", nil, usage("--state wants %s or all, not %q", strings.Join(rejectStatuses, ", "), f.status)
+	}
+	return sql, args, nil
+}
 
 // query runs the filter; newest first, or oldest first for an export.
 func (f *rejectFilter) query(ctx context.Context, db *pgxpool.Pool, oldestFirst bool) (pgx.Rows, error) {
-	sql, args := rejectColumns, []any{}
-	where := func(cond string, v any) {
-		args = append(args, v)
-		sql += " AND " + strings.ReplaceAll(cond, "?", "$"+strconv.Itoa(len(args)))
+	conds, args, err := f.where(0)
+	if err != nil {
+		return nil, err
 	}
-	if f.user != "" {
-		where("d.user_name = ?", f.user)
-	}
-	if f.device != "" {
-		where("d.name = ?", f.device)
-	}
-	if f.table != "" {
-		where("(c.tname = ? OR split_part(c.tname, '.', 2) = ?)", f.table)
-	}
-	if f.reason != "" {
-		where("c.code = ?", f.reason)
-	}
-	for cond, text := range map[string]string{"c.decided_at >= ?": f.since, "c.decided_at < ?": f.until} {
-		if text == "" {
-			continue
-		}
-		at, err := moment(text, time.Now())
-		if err != nil {
-			return nil, usage("%v", err)
-		}
-		where(cond, at)
-	}
+	sql := rejectColumns + conds
 	if oldestFirst && f.limit <= 0 {
-		return db.Query(ctx, sql+" ORDER BY c.id", args...)
+		return db.Query(ctx, sql+" ORDER BY r.id", args...)
 	}
-	sql += " ORDER BY c.id DESC"
+	sql += " ORDER BY r.id DESC"
 	if f.limit > 0 {
 		args = append(args, f.limit)
 		sql += " LIMIT $" + strconv.Itoa(len(args))
@@ -124,7 +200,8 @@ func moment(s string, now time.Time) (time.Time, error) {
 }
 
 func newRejects(a *app) *cobra.Command {
-	c := &cobra.Command{Use: "rejects", Short: "The log of rejected records"}
+	c := &cobra.Command{Use: "rejects", Short: "The log of rejected records: look, try again, discard, export, follow",
+		Long: `The log of rejected records. What each reason means and what to do about it: docs/rejects.md.`}
 	var f format
 	var lsFilter, exFilter rejectFilter
 	ls := &cobra.Command{Use: "ls", Short: "List rejected records, the newest first", Args: cobra.NoArgs,
@@ -141,6 +218,7 @@ func newRejects(a *app) *cobra.Command {
 					{"record", func(r reject) string { return r.Op + " " + r.Table + " " + joinKey(r.Key) }},
 					{"reason", func(r reject) string { return r.Code }},
 					{"winner", func(r reject) string { return r.Winner }},
+					{"state", func(r reject) string { return r.Status }},
 				}); err != nil {
 					return err
 				}
@@ -150,18 +228,19 @@ func newRejects(a *app) *cobra.Command {
 				return nil
 			})
 		}}
-	lsFilter.flags(ls, 50)
+	lsFilter.flags(a, ls, 50, "all")
 	withOutput(ls, &f)
 
 	var showFormat format
-	show := &cobra.Command{Use: "show ID", Short: "Show one: what was sent, what it was based on, what stood there, who had won", Args: cobra.ExactArgs(1),
+	show := &cobra.Command{Use: "show ID", Short: "Show one: what was sent, what it was based on, what stood there, who had won, what was done about it",
+		Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeRecord,
 		RunE: func(c *cobra.Command, args []string) error {
 			id, err := strconv.ParseInt(args[0], 10, 64)
 			if err != nil {
 				return usage("want the number of a rejected record, not %q", args[0])
 			}
 			return a.withMirror(c.Context(), func(ctx context.Context, _ Config, mirror *pgxpool.Pool) error {
-				rows, err := collect[reject](mirror.Query(ctx, rejectColumns+" AND c.id = $1", id))
+				rows, err := collect[reject](mirror.Query(ctx, rejectColumns+" AND r.id = $1", id))
 				if err != nil {
 					return err
 				}
@@ -197,10 +276,11 @@ func newRejects(a *app) *cobra.Command {
 				return nil
 			})
 		}}
-	exFilter.flags(export, 0)
+	exFilter.flags(a, export, 0, "all")
+	_ = export.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"json", "ndjson", "csv"}, cobra.ShellCompDirectiveNoFileComp))
 	export.Flags().StringVarP(&kind, "output", "o", "ndjson", "format: json, ndjson or csv")
 	export.Flags().StringVarP(&file, "file", "f", "", "file to write (default stdout)")
-	c.AddCommand(ls, show, export)
+	c.AddCommand(ls, show, newRetry(a), newDiscard(a), export, newRejectsWatch(a))
 	return c
 }
 
@@ -240,7 +320,7 @@ func exportJSON(w io.Writer, rows pgx.Rows, head, between, foot string) (int, er
 
 func exportCSV(w io.Writer, rows pgx.Rows) (int, error) {
 	out, n := csv.NewWriter(w), 0
-	err := out.Write([]string{"id", "at", "user", "device", "session", "index", "table", "key", "op", "state", "code", "detail", "constraint", "winner", "base", "sent", "stood"})
+	err := out.Write([]string{"id", "at", "user", "device", "session", "index", "table", "key", "op", "state", "code", "detail", "constraint", "winner", "base", "sent", "stood", "unit", "status", "actions"})
 	for err == nil && rows.Next() {
 		var r reject
 		if r, err = pgx.RowToStructByPos[reject](rows); err != nil {
@@ -251,7 +331,8 @@ func exportCSV(w io.Writer, rows pgx.Rows) (int, error) {
 			at = r.At.UTC().Format(time.RFC3339Nano)
 		}
 		line := []string{strconv.FormatInt(r.ID, 10), at, r.User, r.Device, r.Session, strconv.Itoa(r.Index), r.Table, asJSON(r.Key),
-			r.Op, r.State, r.Code, r.Detail, r.Constraint, r.Winner, asJSON(r.Base), asJSON(r.Sent), asJSON(r.Stood)}
+			r.Op, r.State, r.Code, r.Detail, r.Constraint, r.Winner, asJSON(r.Base), asJSON(r.Sent), asJSON(r.Stood),
+			strconv.FormatInt(r.Unit, 10), r.Status, asJSON(r.Actions)}
 		for i, cell := range line { // a spreadsheet would run such a cell as a formula
 			if cell != "" && strings.ContainsRune("=+-@\t\r", rune(cell[0])) {
 				line[i] = "'" + cell
@@ -306,6 +387,13 @@ func showReject(w io.Writer, r reject) error {
 	}
 	if r.Winner != "" {
 		fmt.Fprintf(tw, "winner\t%s\n", clean(r.Winner))
+	}
+	if r.Unit != 0 {
+		fmt.Fprintf(tw, "transaction\t%d of the session\n", r.Unit)
+	}
+	fmt.Fprintf(tw, "state\t%s\n", r.Status)
+	for _, act := range r.Actions {
+		fmt.Fprintf(tw, "%s\t%s\n", act.At.Local().Format(time.DateTime), clean(act.words()))
 	}
 	if err := tw.Flush(); err != nil {
 		return err

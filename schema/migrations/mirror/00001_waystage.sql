@@ -145,7 +145,10 @@ CREATE TABLE waystage.change (
     old_version bigint NOT NULL DEFAULT 0,
     old_lw      text,
     old_mver    bigint NOT NULL DEFAULT 0,
-    code        text,
+    -- The catalogue of reasons is closed: docs/rejects.md has them all.
+    code        text CHECK (code IN ('stale_version', 'row_deleted', 'row_exists', 'unknown_table', 'unknown_column', 'invalid_value', 'missing_key',
+        'key_change', 'not_subscribed', 'operation_not_allowed', 'duplicate_row', 'row_too_big', 'invalid_record',
+        'source_constraint', 'source_trigger', 'source_conflict', 'source_value', 'source_permission', 'dependency_rejected', 'transaction_rejected')),
     detail      text,
     constraint_name text,
     winner      text,                           -- who wrote what stood there: 'source' or 'user/device'
