@@ -2,6 +2,7 @@ package device
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"fmt"
 	"os"
@@ -23,10 +24,15 @@ type actor struct {
 	cut  int  // calls until the connection breaks, before or after the call's effect; 0: it holds
 	late bool // the break comes after the effect
 
+	refuse  bool // the server takes nothing of the next session that it has not seen
+	offered string
+
 	mine     map[string]wrote // the user's last edit of a row, while it has no outcome
+	groups   *grouping
 	restored bool
 	backup   string
 	memory   map[string]wrote // mine at the time of the backup
+	grouped  *grouping        // groups then
 }
 
 // wrote is an edit and what stood there when it was made.
@@ -41,6 +47,8 @@ type machine struct {
 	edits  int
 	epochs int
 	trace  []string
+
+	transactions int
 }
 
 func (m *machine) say(format string, args ...any) {
@@ -55,6 +63,12 @@ func (m *machine) Fatalf(format string, args ...any) {
 func (m *machine) openFile(a *actor) {
 	d, err := Open(context.Background(), a.path, Options{MostChanges: 3, PartSize: 300, Encoding: "none", Dial: func(context.Context, Login) (Transport, error) {
 		return &wire{s: m.srv, device: a.name, fail: func(call string, after bool) error {
+			if call == "put" && !after {
+				m.frozen(a)
+				if e := m.refusal(a); e != nil {
+					return e
+				}
+			}
 			if a.cut == 0 || after != a.late {
 				return nil
 			}
@@ -72,19 +86,46 @@ func (m *machine) openFile(a *actor) {
 	a.d = d
 }
 
+// refusal is the server's answer to a session of which it takes nothing.
+func (m *machine) refusal(a *actor) error {
+	s, err := m.openSession(a)
+	if err != nil || s == nil {
+		return err
+	}
+	first := a.offered != s.token()+s.Nonce
+	a.offered = s.token() + s.Nonce
+	if !a.refuse || !first {
+		return nil
+	}
+	a.refuse = false
+	a.groups.thawed()
+	code := protocol.CodeMalformed
+	if s.Records%2 == 0 {
+		code = protocol.CodeTooBig
+	}
+	m.say("%s: the server refuses session %d with %d records: %s", a.name, s.N, s.Records, code)
+	return &protocol.Error{Code: code, Message: "no"}
+}
+
+func (m *machine) openSession(a *actor) (s *session, err error) {
+	err = a.d.read(context.Background(), func(tx *txn) error {
+		s, err = tx.openSession()
+		return err
+	})
+	return s, err
+}
+
 func (m *machine) reopen(a *actor) {
 	_ = a.d.Close()
 	m.openFile(a)
 }
 
-// edit is one thing that the user does.
-func (m *machine) edit(a *actor) {
+// statement is one thing that the user does.
+func (m *machine) statement(a *actor) (table, q string, args []any) {
 	t := m.t
 	m.edits++
 	val := fmt.Sprintf("%s%d", a.name, m.edits)
-	var q string
-	var args []any
-	table := "public.item"
+	table = "public.item"
 	id := rapid.IntRange(1, 4).Draw(t, "id")
 	grp := rapid.SampledFrom([]int{1, 1, 2, 3}).Draw(t, "grp")
 	switch rapid.IntRange(0, 9).Draw(t, "edit") {
@@ -106,15 +147,51 @@ func (m *machine) edit(a *actor) {
 	case 9:
 		table, q, args = "public.note", `DELETE FROM note WHERE id = ?`, []any{fmt.Sprintf("ñ %d", id)}
 	}
-	before := m.view(a, table)
-	if _, err := a.d.db.Exec(q, args...); err != nil {
+	return table, q, args
+}
+
+// edit is one statement, or some in one transaction.
+func (m *machine) edit(a *actor) {
+	n := max(rapid.IntRange(-2, 4).Draw(m.t, "statements"), 0) // 0: not in a transaction
+	before := map[string]map[string]image{"public.item": m.view(a, "public.item"), "public.note": m.view(a, "public.note")}
+	run := func(db interface {
+		Exec(string, ...any) (sql.Result, error)
+	}) error {
+		_, q, args := m.statement(a)
+		_, err := db.Exec(q, args...)
+		m.say("%s: %s %v: %v", a.name, q, args, err)
+		return err
+	}
+	var err error
+	if n == 0 {
+		err = run(a.d.db)
+	} else {
+		err = a.d.Transaction(context.Background(), func(tx *sql.Tx) error {
+			m.say("%s: a transaction of %d statements", a.name, n)
+			for range n {
+				if err := run(tx); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	if err != nil {
 		if strings.Contains(err.Error(), "no such table") {
 			return // not synced yet
 		}
-		m.Fatalf("%s: %v", q, err)
+		m.Fatalf("%v", err)
 	}
-	m.say("%s: %s %v", a.name, q, args)
-	m.remember(a, table, before)
+	m.transactions++
+	for table, was := range before {
+		now := m.view(a, table)
+		for k := range union(was, now) {
+			if n > 0 && !imgEqual(was[k], now[k]) {
+				a.groups.add(table+" "+k, m.transactions)
+			}
+		}
+		m.remember(a, table, was)
+	}
 }
 
 // undo puts a dirty row back to what it was.
@@ -192,12 +269,14 @@ func (m *machine) sync(a *actor, faults bool) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	o := SyncOptions{}
-	a.cut = 0
+	a.cut, a.refuse = 0, false
 	crash := false
 	if faults {
 		switch rapid.IntRange(0, 5).Draw(m.t, "fault") {
 		case 0, 1:
 			a.cut, a.late = rapid.IntRange(1, 12).Draw(m.t, "cut"), rapid.Bool().Draw(m.t, "after")
+		case 3:
+			a.refuse = rapid.IntRange(0, 2).Draw(m.t, "refuse session") == 0
 		case 2:
 			n := rapid.IntRange(1, 25).Draw(m.t, "cancel")
 			o.Progress = func(Progress) {
@@ -210,7 +289,8 @@ func (m *machine) sync(a *actor, faults bool) {
 	}
 	rep, err := a.d.Sync(ctx, o)
 	m.say("%s: sync cut=%d: sent %d merged %d applied %d rejected %d rows %d deleted %d forked %v resumed %v: %v", a.name, a.cut, rep.Sent, rep.Merged, rep.Applied, rep.Rejected, rep.Rows, rep.Deleted, rep.Forked, rep.Resumed, err)
-	if err != nil && !errors.Is(err, errCut) && !errors.Is(err, context.Canceled) && !strings.Contains(err.Error(), "interrupted") {
+	a.refuse = false
+	if err != nil && !errors.Is(err, errCut) && !errors.Is(err, ErrRefused) && !errors.Is(err, context.Canceled) && !strings.Contains(err.Error(), "interrupted") {
 		m.Fatalf("sync: %v", err)
 	}
 	a.cut = 0
@@ -231,6 +311,8 @@ func (m *machine) check() {
 		for _, table := range []string{"public.item", "public.note"} {
 			m.checkTable(a, table)
 		}
+		m.frozen(a)
+		m.settleGroups(a)
 	}
 }
 
@@ -427,7 +509,9 @@ func (m *machine) commitForeign(tx int64) {
 func (m *machine) step() {
 	t := m.t
 	a := rapid.SampledFrom(m.actors).Draw(t, "actor")
-	switch rapid.IntRange(0, 19).Draw(t, "step") {
+	switch rapid.IntRange(0, 22).Draw(t, "step") {
+	case 20, 21, 22:
+		m.handle(a)
 	case 0, 1, 2, 3, 4:
 		m.edit(a)
 	case 5:
@@ -512,7 +596,7 @@ func (m *machine) backupOrRestore(a *actor) {
 		if _, err := a.d.db.Exec(`VACUUM INTO ?`, a.backup); err != nil {
 			m.Fatalf("backup: %v", err)
 		}
-		a.memory = map[string]wrote{}
+		a.memory, a.grouped = map[string]wrote{}, a.groups.clone()
 		for k, v := range a.mine {
 			a.memory[k] = v
 		}
@@ -526,7 +610,7 @@ func (m *machine) backupOrRestore(a *actor) {
 	if err := os.Rename(a.backup, a.path); err != nil {
 		m.Fatalf("restore: %v", err)
 	}
-	a.backup, a.mine, a.restored = "", a.memory, true
+	a.backup, a.mine, a.groups, a.restored = "", a.memory, a.grouped, true
 	m.openFile(a)
 	m.say("%s: restored", a.name)
 }
@@ -549,7 +633,7 @@ func TestMachine(t *testing.T) {
 			_ = os.RemoveAll(m.dir)
 		}()
 		for _, name := range []string{"a", "b"} {
-			a := &actor{name: name, path: filepath.Join(m.dir, name+".db"), mine: map[string]wrote{}}
+			a := &actor{name: name, path: filepath.Join(m.dir, name+".db"), mine: map[string]wrote{}, groups: newGrouping()}
 			m.openFile(a)
 			if err := a.d.Enrol(context.Background(), EnrolOptions{Servers: []string{"mem"}, User: "anna", Device: name}); err != nil {
 				t.Fatal(err)
