@@ -143,15 +143,12 @@ func (p *phone) run(ctx context.Context) (err error) {
 	if _, err := db.ExecContext(ctx, "CREATE TABLE IF NOT EXISTS chaos_step (n INTEGER PRIMARY KEY)"); err != nil {
 		return err
 	}
-	s, err := p.d.Status(ctx)
-	if err != nil {
-		return err
-	}
-	if !s.Enrolled {
-		if err := p.d.Enrol(ctx, device.EnrolOptions{Servers: []string{p.Server}, User: p.User, Device: p.Name, Password: p.Password}); err != nil {
-			return err
+	// A broker under load may turn a login away.
+	for deadline := time.Now().Add(patience / 2); ; time.Sleep(200 * time.Millisecond) {
+		if err = p.enrol(ctx); err == nil {
+			break
 		}
-		if _, err := p.d.Sync(ctx, device.SyncOptions{}); err != nil {
+		if time.Now().After(deadline) {
 			return err
 		}
 	}
@@ -176,6 +173,24 @@ func (p *phone) run(ctx context.Context) (err error) {
 		}
 	}
 	return nil // the test is gone
+}
+
+// enrol makes the file that of the device, with all rows in it.
+func (p *phone) enrol(ctx context.Context) error {
+	s, err := p.d.Status(ctx)
+	if err != nil {
+		return err
+	}
+	if !s.Enrolled {
+		if err := p.d.Enrol(ctx, device.EnrolOptions{Servers: []string{p.Server}, User: p.User, Device: p.Name, Password: p.Password}); err != nil {
+			return err
+		}
+	}
+	if s.N > 0 {
+		return nil // it has been at work before
+	}
+	_, err = p.d.Sync(ctx, device.SyncOptions{})
+	return err
 }
 
 // steps goes through the script, from where the file says that it stands.
@@ -636,7 +651,7 @@ func (h *hand) work() ([]edit, error) {
 		err = h.exec("UPDATE item SET qty = 'many', tag = ? WHERE id = ?", h.tag, item[0])
 		return one("item", "U", h.tag, true, item[0]), err
 	case n < 40: // maybe somebody has that code
-		err = h.exec("UPDATE item SET code = ?, tag = ? WHERE id = ?", fmt.Sprint("code-", 1+r.IntN(5), 1+r.IntN(4)), h.tag, item[0])
+		err = h.exec("UPDATE item SET code = ?, tag = ? WHERE id = ?", fmt.Sprintf("code-%d%d", 1+r.IntN(5), 1+r.IntN(4)), h.tag, item[0])
 		return one("item", "U", h.tag, false, item[0]), err
 	case n < 44: // to another area, maybe one of somebody else
 		err = h.exec("UPDATE item SET area_id = ?, tag = ? WHERE id = ?", 1+r.IntN(6), h.tag, item[0])
