@@ -6,7 +6,9 @@
 //
 // It promises, by the rules D1 to D13 of docs/protocol.md: no edit is lost or sent twice, whatever is cancelled,
 // crashes or is delivered late; an edit stays visible until its outcome is known; what the server refused is in the
-// rejected log exactly once, beside the right version; a reply is applied whole or not at all.
+// rejected log exactly once, beside the right version; a reply is applied whole or not at all; edits of one unit (see
+// Transaction) are in one session or in none. Log tells the way of each record; Resubmit, Restore and Discard deal with
+// rejected ones, each in one local transaction.
 //
 // The command line's "waystage device" calls it, and so can any Go program.
 package device
