@@ -243,6 +243,9 @@ func (in *Intake) insert(ctx context.Context, tx pgx.Tx, reqs []*incoming) error
 	// Whoever opens a session has applied the reply to the one before (rule D1).
 	b.Queue(`UPDATE waystage.session s SET state = 'closed', closed_at = clock_timestamp()
 		FROM unnest($1::text[], $2::bigint[]) AS u(id, n) WHERE s.incarnation = u.id AND s.n = u.n - 1 AND s.state = 'replied'`, ids, ns)
+	if err := findings(b, reqs); err != nil {
+		return err
+	}
 	return tx.SendBatch(ctx, b).Close()
 }
 
@@ -256,6 +259,7 @@ func (in *Intake) insertSessions(ctx context.Context, tx pgx.Tx, reqs []*incomin
 		waits                                             = make([]bool, n)
 		records                                           = make([]int, n)
 		received                                          = make([]time.Time, n)
+		verify                                            = make([]*string, n)
 		byToken                                           = make(map[string]*incoming, n)
 	)
 	for i, r := range reqs {
@@ -264,21 +268,25 @@ func (in *Intake) insertSessions(ctx context.Context, tx pgx.Tx, reqs []*incomin
 		schemas[i], contentTypes[i], encodings[i], hashes[i] = r.req.Schema, r.contentType, r.encoding, r.hash
 		waits[i], records[i], received[i] = r.req.Wait == protocol.WaitSource, len(r.records), r.received
 		byToken[r.session] = r
+		var err error
+		if verify[i], err = demand(r.req.Verify); err != nil {
+			return err
+		}
 	}
 	// A session without records has nothing to be merged.
 	rows, err := tx.Query(ctx, `
 		INSERT INTO waystage.session (device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
-			schema_hash, content_type, encoding, hash, wait_source, records, received_at, state, merged_at)
+			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify, state, merged_at)
 		SELECT device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
-			schema_hash, content_type, encoding, hash, wait_source, records, received_at,
+			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify::jsonb,
 			CASE WHEN records = 0 THEN 'merged' ELSE 'staged' END, CASE WHEN records = 0 THEN clock_timestamp() END
 		FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[],
-			$11::text[], $12::text[], $13::text[], $14::bytea[], $15::boolean[], $16::int[], $17::timestamptz[]) WITH ORDINALITY
+			$11::text[], $12::text[], $13::text[], $14::bytea[], $15::boolean[], $16::int[], $17::timestamptz[], $18::text[]) WITH ORDINALITY
 			AS u(device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
-			schema_hash, content_type, encoding, hash, wait_source, records, received_at, ord)
+			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify, ord)
 		ORDER BY ord
 		RETURNING token, id`,
-		devices, ns, users, names, tokens, incs, nonces, sets, cursors, epochs, schemas, contentTypes, encodings, hashes, waits, records, received)
+		devices, ns, users, names, tokens, incs, nonces, sets, cursors, epochs, schemas, contentTypes, encodings, hashes, waits, records, received, verify)
 	if err != nil {
 		return err
 	}

@@ -22,7 +22,8 @@ type pages struct {
 
 	tables   []protocol.TableRows
 	verdicts []protocol.Verdict
-	size     int // upper estimate of the page's encoded bytes
+	verify   *protocol.Verified // what the page carries of a verification
+	size     int                // upper estimate of the page's encoded bytes
 
 	arena []byte // bytes of the row that is being read
 }
@@ -79,7 +80,7 @@ func (p *pages) textSize(s string) int {
 // a full page is put.
 func (p *pages) room(ctx context.Context, sub *subscription, size int) error {
 	need := size + p.header(sub)
-	if p.size+need > p.limit && len(p.tables)+len(p.verdicts) > 0 {
+	if p.size+need > p.limit && (len(p.tables)+len(p.verdicts) > 0 || p.verify != nil) {
 		if err := p.put(ctx, false); err != nil {
 			return err
 		}
@@ -192,7 +193,13 @@ func (p *pages) put(ctx context.Context, last bool) error {
 	}
 	page.V, page.Incarnation, page.N, page.Nonce = protocol.Version, p.s.incarnation, p.s.n, p.s.nonce
 	page.Reply, page.Page, page.Last, page.CursorFrom, page.Epoch = p.reply, p.number, last, p.s.cursorFrom, p.epoch
-	page.Tables, page.Verdicts = p.tables, p.verdicts
+	page.Tables, page.Verdicts, page.Verify = p.tables, p.verdicts, p.verify
+	if p.number == 1 && p.s.asked {
+		if page.Verify == nil {
+			page.Verify = &protocol.Verified{}
+		}
+		page.Verify.Ask = true
+	}
 	if last {
 		page.Cursor, page.More = p.s.cursor, p.s.open
 	}
@@ -201,7 +208,7 @@ func (p *pages) put(ctx context.Context, last bool) error {
 	}
 	if !last {
 		p.number++
-		p.tables, p.verdicts, p.size = nil, nil, pageOverhead
+		p.tables, p.verdicts, p.verify, p.size = nil, nil, nil, pageOverhead
 	}
 	return nil
 }

@@ -126,6 +126,8 @@ type session struct {
 	nonce, set            string
 	cursorFrom, schema    string
 	contentType, encoding string
+	verify                *protocol.Verification // nil: the device knows of none
+	asked                 bool                   // the operator wants the set verified
 
 	from     *cursor // nil: everything
 	tables   []subset
@@ -165,7 +167,7 @@ func (r *Reply) claim(ctx context.Context, conn *pgxpool.Conn) (locked bool, ses
 	sessions, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (*session, error) {
 		s := &session{}
 		return s, row.Scan(&s.id, &s.deviceID, &s.user, &s.device, &s.groups, &s.attributes, &s.token, &s.incarnation, &s.n, &s.nonce, &s.set,
-			&s.cursorFrom, &s.schema, &s.contentType, &s.encoding)
+			&s.cursorFrom, &s.schema, &s.contentType, &s.encoding, &s.verify, &s.asked)
 	})
 	return true, sessions, err
 }

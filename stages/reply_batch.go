@@ -154,6 +154,9 @@ func (b *replyBatch) compose() (err error) {
 	if err := b.rows(); err != nil {
 		return err
 	}
+	if err := b.verify(); err != nil {
+		return err
+	}
 	for _, s := range b.sessions {
 		s.renew = s.from == nil || !s.pages.empty() || s.keysChanged() || time.Since(s.from.createdAt) > b.r.cfg.Renew
 	}

@@ -110,6 +110,9 @@ func TestStages(t *testing.T) {
 		"key query is caged":   testKeyQueryIsCaged,
 		"sessions and status":  testSessionsAndStatus,
 		"prune":                testPrune,
+		// verify_test.go
+		"verification": testVerification,
+		"findings":     testFindings,
 		// pool_test.go
 		"pool is worked": testPoolIsWorked,
 		"pool survives":  testPoolSurvives,

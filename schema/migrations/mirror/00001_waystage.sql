@@ -57,7 +57,24 @@ CREATE TABLE waystage.device (
     last_seen_at timestamptz,
     last_sync_at timestamptz,
     oldest_unsent_at timestamptz,
+    verify_asked_at timestamptz,                -- the operator wants each of its sets verified that has not been since
     UNIQUE (user_name, name)
+);
+
+-- What a device found when it last compared a set with the mirror.
+CREATE TABLE waystage.device_check (
+    device_id  bigint NOT NULL REFERENCES waystage.device ON DELETE CASCADE,
+    set_name   text   NOT NULL,
+    session_id bigint NOT NULL,                 -- that told it
+    cursor     text   NOT NULL,                 -- of the reply that was verified
+    checked_at timestamptz NOT NULL,            -- by the device's clock
+    told_at    timestamptz NOT NULL,
+    rows       bigint NOT NULL,
+    different  bigint NOT NULL,
+    repaired   bigint NOT NULL,
+    more       boolean NOT NULL,
+    sample     jsonb  NOT NULL,                 -- [{table, key, kind, columns}]
+    PRIMARY KEY (device_id, set_name)
 );
 
 -- One row per life of a device file (rule D4): the last session taken and the hash of its bytes.
@@ -96,6 +113,7 @@ CREATE TABLE waystage.session (
     told          pg_snapshot,                  -- what the reply's snapshot saw: verdicts whose stamp is in it were told
     closed_at     timestamptz,                  -- when the device said, or showed, that it has applied the reply
     pages         int    NOT NULL DEFAULT 0,
+    verify        jsonb,                        -- what is to be verified in the reply; null: the device knows of no verification
     UNIQUE (incarnation, n)
 ) WITH (fillfactor = 80);
 CREATE INDEX session_staged ON waystage.session (id) WHERE state = 'staged';
