@@ -58,7 +58,19 @@ func (o *operator) handleOnDevice(dev string) {
 		t.Errorf("unsent: %+v", l)
 	}
 	o.run(exitRejected, "", "device sync"+dev)
-	if got := o.run(exitOK, "", "device rejects resubmit 2 --set patient_id=1 --null remarks"+dev); !strings.Contains(got.out, "the row is changed") {
+	// Corrected to a patient of hers it goes with the next sync.
+	d, err := device.Open(t.Context(), strings.TrimPrefix(dev, " --file "), device.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var patient string
+	if err := d.DB().QueryRow("SELECT min(id) FROM patient").Scan(&patient); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := o.run(exitOK, "", "device rejects resubmit 2 --set patient_id="+patient+" --null remarks"+dev); !strings.Contains(got.out, "the row is changed") {
 		t.Errorf("resubmit: %q", got.out)
 	}
 	o.run(exitPrecondition, "", "device rejects discard 2"+dev)
