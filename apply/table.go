@@ -65,7 +65,7 @@ func newTable(t *schema.Table) (*table, error) {
 	sys := schema.ColVersion + ", " + schema.ColWriter + ", " + schema.ColMerged
 	const xid = "pg_current_xact_id()::text::bigint"
 
-	w.deleteRows = fmt.Sprintf("DELETE FROM %s AS m USING %s WHERE %s", t.Ident(), w.unnest(w.keys, 1), w.match())
+	w.deleteRows = fmt.Sprintf("DELETE FROM %s AS m USING %s WHERE %s", t.Ident(), w.unnest(w.keys, 1), w.match()+w.spelled())
 	w.upsertRows = fmt.Sprintf(`INSERT INTO %s AS m (%s, %s) SELECT %s, %s, NULL::text, 0 FROM %s
 		ON CONFLICT (%s) DO UPDATE SET %s, %[9]s = excluded.%[9]s, %[10]s = NULL, %[11]s = 0
 		WHERE NOT record_image_eq(%s, %s)`, t.Ident(), cols, sys, casts, xid, w.unnest(all, 1), keyNames, sets,
@@ -92,9 +92,9 @@ func newTable(t *schema.Table) (*table, error) {
 		CASE WHEN b.tbl IS NULL THEN c.old_lw ELSE b.lw END, coalesce(CASE WHEN b.tbl IS NULL THEN c.old_mver ELSE b.mver END, 0), coalesce(b.refused, false)
 		FROM %s LEFT JOIN waystage.base AS b ON b.tbl = $%d AND b.key = %s LEFT JOIN waystage.change AS c ON c.id = u.first`,
 		w.unnest(w.keys, 1, "first bigint", ordinality), k+2, key)
-	w.load = fmt.Sprintf("SELECT jsonb_build_object(%s)::text FROM %s JOIN %s AS m ON %s", w.list(all, func(i int) string {
-		return schema.Literal(t.Columns[i].Name) + ", " + t.Columns[i].Text("m."+schema.Quote(t.Columns[i].Name))
-	}), w.unnest(w.keys, 1), t.Ident(), w.match())
+	w.load = fmt.Sprintf("SELECT jsonb_object(ARRAY[%s]::text[], ARRAY[%s]::text[])::text FROM %s JOIN %s AS m ON %s",
+		w.list(all, func(i int) string { return schema.Literal(t.Columns[i].Name) }),
+		w.list(all, func(i int) string { return t.Columns[i].Text("m." + schema.Quote(t.Columns[i].Name)) }), w.unnest(w.keys, 1), t.Ident(), w.match())
 	return w, nil
 }
 
@@ -143,6 +143,18 @@ func (w *table) match() string {
 		parts[j] = "m." + schema.Quote(w.Columns[i].Name) + " = " + w.cast(i)
 	}
 	return strings.Join(parts, " AND ")
+}
+
+// spelled further asks that the key is written in the same way: where the source has rewritten 1.0 as 1.00, the row is
+// another one to side tables and devices, and what is said of the old one is not said of it.
+func (w *table) spelled() string {
+	var out strings.Builder
+	for _, i := range w.keys {
+		if c := w.Columns[i]; c.Loose() {
+			fmt.Fprintf(&out, " AND %s = u.c%d", c.Text("m."+schema.Quote(c.Name)), i)
+		}
+	}
+	return out.String()
 }
 
 // keyArray is the key as side tables have it.

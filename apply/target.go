@@ -19,6 +19,7 @@ type target struct {
 	full     []string // the columns' types with modifiers, for images that the source has had
 	bare     []string // without: new values are assigned, so that one which does not fit is an error and not cut off
 	identity []bool   // GENERATED ALWAYS
+	filled   []bool   // NOT NULL, with a default or an identity: what a device leaves empty, the source fills in
 	deferred bool     // the primary key is deferrable: ON CONFLICT does not take it
 	sql      map[string]string
 }
@@ -65,11 +66,11 @@ func readTargets(ctx context.Context, conn *pgx.Conn, tables map[int]*table) (ma
 	var schemas, names []string
 	for id, t := range tables {
 		n := len(t.Columns)
-		out[id] = &target{table: t, full: make([]string, n), bare: make([]string, n), identity: make([]bool, n), sql: map[string]string{}}
+		out[id] = &target{table: t, full: make([]string, n), bare: make([]string, n), identity: make([]bool, n), filled: make([]bool, n), sql: map[string]string{}}
 		ids, schemas, names = append(ids, id), append(schemas, t.Schema), append(names, t.Name)
 	}
 	rows, err := conn.Query(ctx, `SELECT q.id, c.oid, a.attname, a.atttypid, a.atttypmod, format_type(a.atttypid, a.atttypmod), format_type(a.atttypid, -1),
-			a.attidentity = 'a', coalesce(NOT i.indimmediate, false), coalesce(a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]), false)
+			a.attidentity = 'a', a.attnotnull AND (a.atthasdef OR a.attidentity <> ''), coalesce(NOT i.indimmediate, false), coalesce(a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]), false)
 		FROM unnest($1::int[], $2::text[], $3::text[]) AS q(id, s, n)
 		JOIN pg_namespace AS s ON s.nspname = q.s JOIN pg_class AS c ON c.relnamespace = s.oid AND c.relname = q.n
 		LEFT JOIN pg_index AS i ON i.indrelid = c.oid AND i.indisprimary
@@ -81,7 +82,7 @@ func readTargets(ctx context.Context, conn *pgx.Conn, tables map[int]*table) (ma
 	var oid, typ uint32
 	var mod int32
 	var name, full, bare string
-	var identity, deferred, key bool
+	var identity, filled, deferred, key bool
 	there, keys := map[int]bool{}, map[int][]string{}
 	var found *fault
 	bad := func(t *target, code schema.StopCode, format string, args ...any) {
@@ -89,7 +90,7 @@ func readTargets(ctx context.Context, conn *pgx.Conn, tables map[int]*table) (ma
 			found = &fault{t: t.table, code: code, detail: fmt.Sprintf(format, args...)}
 		}
 	}
-	_, err = pgx.ForEachRow(rows, []any{&id, &oid, &name, &typ, &mod, &full, &bare, &identity, &deferred, &key}, func() error {
+	_, err = pgx.ForEachRow(rows, []any{&id, &oid, &name, &typ, &mod, &full, &bare, &identity, &filled, &deferred, &key}, func() error {
 		t := out[id]
 		there[id] = true
 		if t.OID != 0 && t.OID != oid {
@@ -99,7 +100,7 @@ func readTargets(ctx context.Context, conn *pgx.Conn, tables map[int]*table) (ma
 			keys[id] = append(keys[id], name)
 		}
 		if i, ok := t.at[name]; ok {
-			t.full[i], t.bare[i], t.identity[i] = full, bare, identity
+			t.full[i], t.bare[i], t.identity[i], t.filled[i] = full, bare, identity, filled
 			if was := t.Columns[i]; was.TypeOID != 0 && (was.TypeOID != typ || was.TypeMod != mod) {
 				bad(t, schema.StopType, "column %s was %s and is %s now", name, was.Type, full)
 			}

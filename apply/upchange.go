@@ -142,6 +142,9 @@ func (c *upChange) values() (cols []int, g image, err error) {
 		g[i], has[i] = v, true
 	}
 	for i, ok := range has {
+		if ok && f == formInsert && g[i] == nil && c.t.filled[i] {
+			continue
+		}
 		if ok {
 			cols = append(cols, i)
 		}

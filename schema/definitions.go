@@ -226,3 +226,15 @@ func (c Column) Text(expr string) string {
 	}
 	return "(" + expr + ")::pg_catalog.text"
 }
+
+// Loose tells whether equal values of the column's type in the mirror may have different texts (1.0 and 1.00, 0 and -0):
+// a key of such a type can be rewritten at the source and still be equal to what it was.
+func (c Column) Loose() bool {
+	base, _, _ := strings.Cut(c.MirrorType, "(")
+	switch base = strings.TrimSpace(base); base {
+	case "text", "character varying", "character", "smallint", "integer", "bigint", "boolean", "uuid", "bytea", "date", "name", `"char"`,
+		"bit", "bit varying", "oid", "inet", "cidr", "macaddr", "macaddr8", "money", "pg_lsn", "xid8":
+		return false
+	}
+	return !strings.HasPrefix(base, "time") || strings.HasSuffix(base, "]")
+}

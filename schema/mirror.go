@@ -258,12 +258,20 @@ func (t *Table) triggerDDL(subsetKey string) []string {
 	}
 	goneVal, goneKey := columns("gone")
 	oldVal, oldKey := columns("OLD")
+	differs := func(c Column) string {
+		was, is := "OLD."+Quote(c.Name), "NEW."+Quote(c.Name)
+		if c.Loose() {
+			was, is = c.Text(was), c.Text(is)
+		}
+		return was + " IS DISTINCT FROM " + is
+	}
 	var moved []string
 	for _, k := range t.Key {
-		moved = append(moved, "OLD."+Quote(k)+" IS DISTINCT FROM NEW."+Quote(k))
+		c, _ := t.Column(k)
+		moved = append(moved, differs(c))
 	}
 	if c, ok := t.Column(subsetKey); ok && !t.IsKey(subsetKey) {
-		moved = append(moved, "OLD."+Quote(c.Name)+" IS DISTINCT FROM NEW."+Quote(c.Name))
+		moved = append(moved, differs(c))
 	}
 	return []string{
 		triggerFunction(fmt.Sprintf("tombstone_delete_%d", t.ID), fmt.Sprintf("SELECT %d, %s, %s FROM gone", t.ID, goneVal, goneKey)),

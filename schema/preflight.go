@@ -169,6 +169,14 @@ func lookAtSource(ctx context.Context, c *pgx.Conn, f *findings, tables []string
 	if skew := time.Since(now).Abs(); skew > clockSkew {
 		f.add(Warning, "clock", "let both machines follow a time server", "this machine's clock and the server's differ by %s: times in logs and lags are wrong by as much (nothing is decided by clocks)", skew.Round(time.Second))
 	}
+	var encoding string
+	if err := c.QueryRow(ctx, "SHOW server_encoding").Scan(&encoding); err != nil {
+		return err
+	}
+	if encoding == "SQL_ASCII" {
+		f.add(Failure, "encoding", "make a database with ENCODING 'UTF8' from a dump that was cleaned with iconv",
+			"the database has the encoding SQL_ASCII: its texts are bytes of no known encoding, and what is not valid UTF-8 cannot be carried")
+	}
 	if err := lookAtOrphans(ctx, c, f, suffix); err != nil {
 		return err
 	}
@@ -190,11 +198,6 @@ func lookAtSource(ctx context.Context, c *pgx.Conn, f *findings, tables []string
 	}
 	return nil
 }
-
-// looseKeys are types whose equal values have several texts. A device that writes a key in another way than the server has a
-// row of its own until the source answers.
-var looseKeys = map[string]bool{"numeric": true, "real": true, "double precision": true, "interval": true, "citext": true, "public.citext": true,
-	"jsonb": true, "time with time zone": true}
 
 // lookAtOrphans names slots of mirrors that are gone: nobody reads them, and they hold back log for ever.
 func lookAtOrphans(ctx context.Context, c *pgx.Conn, f *findings, suffix string) error {
@@ -251,8 +254,9 @@ func lookAtTable(ctx context.Context, c *pgx.Conn, server *findings, t *Table) e
 		f.add(Failure, "owner", fmt.Sprintf("as the owner or a superuser: CREATE PUBLICATION %[1]s FOR TABLE %[2]s; ALTER PUBLICATION %[1]s OWNER TO %[3]s; (with all tables that are to be synced)",
 			PublicationDown, t.Ident(), Quote(user)), "role %s does not own the table, so it can't add it to a publication", user)
 	}
+	// A device that writes a key in another way than the server has a row of its own until the source answers.
 	for _, k := range t.Key {
-		if c, _ := t.Column(k); looseKeys[c.Type] {
+		if c, _ := t.Column(k); c.Loose() || strings.HasSuffix(c.Type, "citext") {
 			f.add(Warning, "key_type", "let devices write keys exactly as the server does, or use another type",
 				"the key column %q is of type %s, in which equal values may be written in different ways", k, c.Type)
 		}
@@ -265,6 +269,16 @@ func lookAtTable(ctx context.Context, c *pgx.Conn, server *findings, t *Table) e
 	}
 	if cascades > 0 {
 		f.add(Info, "cascades", "", "%d foreign key(s) of other tables act when a row is deleted here; rows they remove leave the devices too", cascades)
+	}
+	var generated []string
+	err = c.QueryRow(ctx, `SELECT coalesce(array_agg(attname::text ORDER BY attnum), '{}') FROM pg_attribute
+		WHERE attrelid = $1::text::regclass AND attnum > 0 AND NOT attisdropped AND attgenerated <> ''`, t.Ident()).Scan(&generated)
+	if err != nil {
+		return err
+	}
+	if len(generated) > 0 {
+		f.add(Warning, "generated", "compute them on the device, in a view; or let an ordinary column be filled by a trigger: that is carried",
+			"generated columns are not carried, so devices do not have them: %s", strings.Join(generated, ", "))
 	}
 	if t.Partitioned {
 		if err := lookAtPartitions(ctx, c, f, t, user); err != nil {
@@ -281,6 +295,13 @@ func lookAtTable(ctx context.Context, c *pgx.Conn, server *findings, t *Table) e
 func lookAtMirror(ctx context.Context, c *pgx.Conn, f *findings, suffix string) error {
 	if err := lookAtServer(ctx, c, f, "waystage_up_"+suffix); err != nil {
 		return err
+	}
+	var encoding string
+	if err := c.QueryRow(ctx, "SHOW server_encoding").Scan(&encoding); err != nil {
+		return err
+	}
+	if encoding != "UTF8" {
+		f.add(Failure, "encoding", "CREATE DATABASE "+Quote(c.Config().Database)+" ENCODING 'UTF8' TEMPLATE template0;", "the mirror has the encoding %s, which does not hold every text", encoding)
 	}
 	var create, role, mayCreateRole bool
 	var age int64

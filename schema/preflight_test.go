@@ -90,3 +90,39 @@ func TestPreflightServerSettings(t *testing.T) {
 		t.Errorf("empty definitions: %v", err)
 	}
 }
+
+// What does not reach devices, and what no text stands for, is said before anything is set up.
+func TestPreflightOfTypes(t *testing.T) {
+	ctx := testContext(t)
+	sourceDSN, mirrorDSN := pgtest.Source(t), pgtest.Mirror(t)
+	source := connect(t, sourceDSN)
+	exec(t, source, "CREATE TABLE public.sums (id int PRIMARY KEY, a int, b int GENERATED ALWAYS AS (a + 1) STORED)",
+		"CREATE TABLE public.root (id int PRIMARY KEY) PARTITION BY HASH (id)", "CREATE TABLE public.leaf PARTITION OF public.root FOR VALUES WITH (MODULUS 1, REMAINDER 0)",
+		"CREATE TABLE public.names (id int PRIMARY KEY, what regproc)", "CREATE TABLE public.spelt (id jsonb PRIMARY KEY)")
+	found, err := Preflight(ctx, sourceDSN, mirrorDSN, []string{"public.sums", "public.root", "public.names", "public.spelt"}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	equal(t, codes(found, Failure), []string{"public.names table"})
+	equal(t, slices.DeleteFunc(codes(found, Warning), func(c string) bool { return strings.HasSuffix(c, "max_slot_wal_keep_size") }),
+		[]string{"public.root partitions", "public.spelt key_type", "public.sums generated"})
+	for _, f := range found {
+		if f.Code == "generated" && !strings.HasSuffix(f.What, ": b") || f.Where == "public.names" && !strings.Contains(f.What, `"what"`) {
+			t.Errorf("%s does not name the column: %s", f.Where, f.What)
+		}
+	}
+	both, err := Preflight(ctx, sourceDSN, mirrorDSN, []string{"public.root", "public.leaf"}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	equal(t, codes(both, Failure), []string{"public.leaf table"})
+
+	exec(t, source, "CREATE DATABASE ws_bytes ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
+	t.Cleanup(func() { exec(t, source, "DROP DATABASE ws_bytes") })
+	bytes := pgtest.SourceCluster(t).DSN("ws_bytes")
+	both, err = Preflight(ctx, bytes, bytes, nil, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	equal(t, codes(both, Failure), []string{"mirror encoding", "source encoding"})
+}

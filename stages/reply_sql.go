@@ -35,6 +35,9 @@ func newReplySQL(s *subscription) *replySQL {
 		c, _ := t.Column(k)
 		dead = append(dead, fmt.Sprintf("t.key[%d]", i+1))
 		alive = append(alive, fmt.Sprintf("m.%s = (t.key[%d])::%s", schema.Quote(k), i+1, castType(c.MirrorType)))
+		if c.Loose() { // an equal key that is written otherwise is another row to a device
+			alive = append(alive, fmt.Sprintf("%s = t.key[%d]", c.Text("m."+schema.Quote(k)), i+1))
+		}
 	}
 	from := "\nFROM " + t.Ident() + " m"
 	q := &replySQL{width: len(t.Key)}
