@@ -49,3 +49,19 @@ func BenchmarkUpload(b *testing.B) {
 	}
 	b.ReportMetric(rows*float64(b.N)/b.Elapsed().Seconds(), "edits/s")
 }
+
+// BenchmarkCapture edits rows, each for the first time, in transactions of a thousand.
+func BenchmarkCapture(b *testing.B) {
+	srv := newServer(b)
+	d := srv.device(b, "a", Options{})
+	if _, err := d.Sync(context.Background(), SyncOptions{}); err != nil {
+		b.Fatal(err)
+	}
+	for i := range b.N {
+		if i%1000 == 0 {
+			mustExec(b, d, `DELETE FROM _ws_s_item`)
+			mustExec(b, d, `WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 999) INSERT INTO item SELECT i, 1, 'x' FROM n WHERE 1 ON CONFLICT DO UPDATE SET val = val || 'y'`)
+		}
+	}
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "edits/s")
+}

@@ -131,6 +131,9 @@ func (t *txn) nothingFor(c *catalogue, s *set) (bool, error) {
 	if err := t.get(`SELECT EXISTS (SELECT 1 FROM _ws_outbox WHERE set_name = ? AND resend > 0)`, []any{s.Name}, &waiting); err != nil || waiting {
 		return false, err
 	}
+	if open, err := t.verifyOpen(s.Name); err != nil || open {
+		return false, err
+	}
 	for _, m := range s.Tables {
 		if !c.uploads(s, m.Wire) {
 			continue
@@ -215,6 +218,9 @@ func (d *Device) session(ctx context.Context, tr Transport, sess *session, o Syn
 		rep.Forked = true
 		_, err = d.refused(ctx, sess, &protocol.Error{Code: protocol.CodeEpoch})
 		return err
+	case errors.Is(err, ErrReply):
+		// Not for ever: the next sync fetches the reply again, and may find the server mended.
+		return errors.Join(err, d.write(ctx, func(t *txn) error { return t.exec(`DELETE FROM _ws_inbox`) }))
 	case err != nil:
 		return err
 	}
