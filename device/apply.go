@@ -114,10 +114,14 @@ func (d *Device) apply(t *txn, sess *session, rep *SetReport, progress func(done
 	}
 	in := &incoming{t: t, set: s, gen: gen, rep: rep, dirty: map[string]bool{}}
 	var last *protocol.Page
+	var verified []*protocol.Verified
 	for _, p := range pages {
 		page, err := read(p.page)
 		if err != nil {
 			return err
+		}
+		if page.Verify != nil {
+			verified = append(verified, page.Verify)
 		}
 		for i := range page.Tables {
 			if err := in.table(&page.Tables[i]); err != nil {
@@ -145,6 +149,11 @@ func (d *Device) apply(t *txn, sess *session, rep *SetReport, progress func(done
 	rep.More = last.More
 	for _, tab := range c.order {
 		if err := t.unpark(tab); err != nil {
+			return err
+		}
+	}
+	if !again { // a refresh follows, with all rows
+		if err := t.verifyReply(c, sess, last.Cursor, verified, gen); err != nil {
 			return err
 		}
 	}

@@ -108,6 +108,9 @@ func (d *Device) freeze(t *txn, c *catalogue, st state, s *set, wait string) (se
 	if err := t.capture(true); err != nil {
 		return nil, false, err
 	}
+	if req.Verify, err = t.verification(s, protocol.SessionToken(req.Incarnation, req.N)); err != nil {
+		return nil, false, err
+	}
 	data, err := protocol.Encode(&req, d.opts.ContentType)
 	if err != nil {
 		return nil, false, err

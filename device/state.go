@@ -23,6 +23,7 @@ const format = 1
 //	_ws_inbox     pages of the reply that is being fetched
 //	_ws_rejected  the rejected log
 //	_ws_receipt   what has become of each record, for Log; the times of what a session has in common are in _ws_session
+//	_ws_verify    of each set, the verification that is under way and what the last one found
 //	_ws_log       a ring of the last syncs
 //	_ws_broken    units of which the device itself rejected a row
 //	waystage_unit the application's: while it has its one row, edits belong together (see unit.go)
@@ -131,6 +132,19 @@ CREATE TABLE IF NOT EXISTS _ws_rejected (
   UNIQUE (incarnation, n, idx)
 );
 CREATE INDEX IF NOT EXISTS _ws_rejected_handled ON _ws_rejected (handled) WHERE handled IS NOT NULL;
+CREATE TABLE IF NOT EXISTS _ws_verify (
+  set_name TEXT PRIMARY KEY,
+  step INTEGER NOT NULL DEFAULT 0,
+  repair INTEGER NOT NULL DEFAULT 0,
+  rounds INTEGER NOT NULL DEFAULT 0,
+  buckets INTEGER NOT NULL DEFAULT 0,
+  wanted TEXT,
+  more INTEGER NOT NULL DEFAULT 0,
+  session TEXT NOT NULL DEFAULT '',
+  found TEXT,
+  result TEXT,
+  told INTEGER NOT NULL DEFAULT 1
+);
 CREATE TABLE IF NOT EXISTS _ws_log (
   id INTEGER PRIMARY KEY AUTOINCREMENT,
   report TEXT NOT NULL

@@ -131,6 +131,9 @@ func (t *txn) nothingFor(c *catalogue, s *set) (bool, error) {
 	if err := t.get(`SELECT EXISTS (SELECT 1 FROM _ws_outbox WHERE set_name = ? AND resend > 0)`, []any{s.Name}, &waiting); err != nil || waiting {
 		return false, err
 	}
+	if open, err := t.verifyOpen(s.Name); err != nil || open {
+		return false, err
+	}
 	for _, m := range s.Tables {
 		if !c.uploads(s, m.Wire) {
 			continue
