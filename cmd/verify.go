@@ -20,6 +20,9 @@ type verifyFlags struct {
 	o        verify.Options
 	noMarker bool
 	values   bool
+	devices  bool
+	user     string
+	device   string
 }
 
 func newVerify(a *app) *cobra.Command {
@@ -29,13 +32,25 @@ func newVerify(a *app) *cobra.Command {
 		Long: `Compare every synced table at the source with the mirror, by hashes of ranges, in short statements that only read. What is on its way
 is looked at again when the mirror has passed it: a row is called different only if it stays so. Runs beside a serving system.
 
+With --devices it asks devices to compare their files with the mirror at their next sync, and shows what they last found; with --wait it waits for them.
+
 Values are shown with --values only: they may be personal data. See docs/verify.md.
 Exit codes: 0 equal, 8 something differs, 6 something could not be decided (the mirror is behind, a table is stopped).`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if v.o.Chunk < 0 || v.o.Rate < 0 || v.o.Most < 0 || v.o.Pause < 0 || v.o.Timeout < 0 || v.o.Wait < 0 {
 				return usage("--chunk, --rate, --limit, --pause, --timeout and --wait cannot be negative")
 			}
+			if !v.devices && v.user+v.device != "" {
+				return usage("--user and --device go with --devices")
+			}
 			return a.withMirror(c.Context(), func(ctx context.Context, conf Config, mirror *pgxpool.Pool) error {
+				if v.devices {
+					wait := time.Duration(0)
+					if c.Flags().Changed("wait") {
+						wait = v.o.Wait
+					}
+					return a.verifyDevices(ctx, mirror, v.user, v.device, wait, f)
+				}
 				return a.verify(ctx, conf, mirror, v, f)
 			})
 		}}
@@ -44,7 +59,10 @@ Exit codes: 0 equal, 8 something differs, 6 something could not be decided (the 
 	c.Flags().IntVar(&v.o.Rate, "rate", 0, "rows a second that are read on each side at most; 0: as fast as they come")
 	c.Flags().DurationVar(&v.o.Pause, "pause", 0, "pause between two statements")
 	c.Flags().DurationVar(&v.o.Timeout, "timeout", 30*time.Second, "of one statement; one that takes longer is tried again on fewer rows")
-	c.Flags().DurationVar(&v.o.Wait, "wait", time.Minute, "how long the mirror may take to pass what was read at the source")
+	c.Flags().DurationVar(&v.o.Wait, "wait", time.Minute, "how long the mirror may take to pass what was read at the source; with --devices how long to wait for them (default: not)")
+	c.Flags().BoolVar(&v.devices, "devices", false, "instead, ask devices to compare their files with the mirror, and show what they last found")
+	c.Flags().StringVar(&v.user, "user", "", "with --devices: only this user's")
+	c.Flags().StringVar(&v.device, "device", "", "with --devices: only those of this name")
 	c.Flags().IntVar(&v.o.Most, "limit", 100, "rows to name for each table at most")
 	c.Flags().BoolVar(&v.values, "values", false, "show the values that differ")
 	c.Flags().BoolVar(&v.noMarker, "no-marker", false, "write nothing at all: on an idle source, wait for its next change instead of making one in waystage.progress")

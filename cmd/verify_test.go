@@ -11,6 +11,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest"
 
+	"github.com/waystage/waystage/device"
 	"github.com/waystage/waystage/internal/nurse"
 	"github.com/waystage/waystage/schema"
 	"github.com/waystage/waystage/verify"
@@ -69,6 +70,45 @@ func TestVerify(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	// Devices.
+	file := filepath.Join(o.dir, "ann.db")
+	user := nurse.Nurses(3)[0].Login
+	o.run(exitOK, testPassword+"\n", "users add "+user+" --group nurses")
+	o.run(exitOK, testPassword+"\n", "device enrol --file "+file+" --server nats://"+conf.NATS.Embedded.Listen+" --user "+user+" --device phone")
+	o.run(exitUsage, "", "verify --user "+user)
+	o.run(exitPrecondition, "", "verify --devices --user nobody")
+	if got := o.run(exitPrecondition, "", "verify --devices --wait 10ms"); !strings.Contains(got.out, "never verified") {
+		t.Errorf("%s%s", got.out, got.err)
+	}
+	o.run(exitOK, "", "device sync --file "+file) // does what the operator asks
+	if got := o.run(exitOK, "", "device verify --file "+file); !strings.Contains(got.err, "are equal") {
+		t.Errorf("%s%s", got.out, got.err)
+	}
+	if l := data[[]deviceCheck](o, exitOK, "verify --devices -o json"); len(l) != 1 || l[0].state() != "equal" || !l[0].Asked || l[0].Rows == 0 {
+		t.Errorf("%+v", l)
+	}
+	d, err := device.Open(t.Context(), file, device.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, sql := range []string{"UPDATE _ws_state SET capture = 0", "UPDATE patient SET name = 'Hidden' WHERE id = (SELECT min(id) FROM patient)", "UPDATE _ws_state SET capture = 1"} {
+		if _, err := d.DB().ExecContext(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := o.run(exitDiffers, "", "device verify --file "+file); !strings.Contains(got.out, ": values\n  column name\n") || strings.Contains(got.out, "Hidden") {
+		t.Errorf("%s%s", got.out, got.err)
+	}
+	if got := o.run(exitDiffers, "", "verify --devices --user "+user+" --device phone"); !strings.Contains(got.out, user+"/phone: vn.patient, key ") || !strings.Contains(got.out, "values, columns name") {
+		t.Errorf("%s%s", got.out, got.err)
+	}
+	if l := data[[]device.Verification](o, exitOK, "device verify -o json --repair --values --file "+file); len(l) != 1 || l[0].Repaired != 1 || *l[0].Differences[0].Columns[0].Device != "Hidden" {
+		t.Errorf("%+v", l)
+	}
+
 	exec("UPDATE vn.patient SET name = 'Somebody Else' WHERE id = 100001")
 	got := o.run(exitDiffers, "", "verify")
 	if !strings.Contains(got.out, "vn.patient, key 100001: different\n  column name\n") || strings.Contains(got.out, "Somebody Else") || !strings.Contains(got.err, "1 rows of") {
