@@ -18,7 +18,6 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
-	"github.com/waystage/waystage/internal/pgerr"
 	"github.com/waystage/waystage/schema"
 )
 
@@ -97,7 +96,6 @@ type TableReport struct {
 	Rows       []Row   `json:"rows"`      // the different ones, by key
 	Why        string  `json:"why"`       // for undecided, skipped and failed
 	Seconds    float64 `json:"seconds"`   // wall time
-	code       string  // SQLSTATE of a failure
 	err        error   // its error
 }
 
@@ -272,7 +270,7 @@ func (r *run) table(ctx context.Context, t *schema.Table) TableReport {
 		return rep
 	}
 	fail := func(err error) TableReport {
-		rep.State, rep.Why, rep.err, rep.code = Failed, err.Error(), err, pgerr.Code(err)
+		rep.State, rep.Why, rep.err = Failed, err.Error(), err
 		return rep
 	}
 	c, err := r.comparison(ctx, t)
