@@ -8,6 +8,7 @@ type Code string
 // Codes.
 const (
 	CodeSlotMissing Code = "slot_missing"   // the replication slot does not exist
+	CodePublication Code = "no_publication" // the publication does not exist, or is younger than the slot
 	CodeSlotLost    Code = "slot_lost"      // the server has removed log that the slot still needed, or invalidated it
 	CodeSlotForeign Code = "slot_foreign"   // the slot is of another plugin or database
 	CodeSlotAhead   Code = "slot_ahead"     // somebody else has moved the slot past what the target has

@@ -551,3 +551,19 @@ func TestHazardOtherServer(t *testing.T) {
 	r.run()
 	r.stands(CodeSlotAhead, "was moved to")
 }
+
+// A slot that is older than its publication cannot be read up to PostgreSQL 17, and misses what came between from 18 on;
+// set-up makes the publication first. A publication that vanishes while we read is named on every version.
+func TestHazardPublicationOrder(t *testing.T) {
+	r := newRig(t, pgtest.Source(t))
+	r.exec(r.mirror, "INSERT INTO waystage.meta VALUES ('publication', '"+r.text("SELECT oid::text FROM pg_publication")+"')") // as set-up does
+	r.run()
+	r.exec(r.server, "INSERT INTO public.t VALUES (1, 'x')")
+	r.inQueue(1)
+	r.exec(r.server, `DROP PUBLICATION "odd ""pub's"`, "INSERT INTO public.t VALUES (2, 'nobody is told')")
+	r.stands(CodePublication, "odd")
+
+	r.exec(r.server, `CREATE PUBLICATION "odd ""pub's" FOR TABLE public.t`, "INSERT INTO public.t VALUES (3, 'after')")
+	r.again()
+	r.stands(CodePublication, "odd")
+}

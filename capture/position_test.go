@@ -10,7 +10,7 @@ import (
 
 // Rule R7 as a property: whatever happens in whatever order, the slot is told nothing behind which a transaction of ours
 // is not durable, and everything once nothing is in flight.
-func TestFlushIsNeverAheadOfTheTarget(t *testing.T) {
+func TestHazardAckIsNeverAheadOfTheTarget(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		log := change.LSN(100)
 		p := newPosition(log)

@@ -2,6 +2,7 @@ package capture
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -145,7 +146,9 @@ func (c *Capture) watch(ctx context.Context) error {
 						c.log.Warn("the server will soon give the slot up: the target lags too far behind")
 					}
 				}
-				guard.look(ctx, conn)
+				if err := guard.look(ctx, conn); err != nil {
+					return err
+				}
 			}
 		}
 		select {
@@ -169,27 +172,32 @@ func (g *guard) close() {
 	}
 }
 
-func (g *guard) look(ctx context.Context, source *pgx.Conn) {
+// look returns an *Error only.
+func (g *guard) look(ctx context.Context, source *pgx.Conn) error {
 	if g.c.cfg.Direction != Down {
-		return
+		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, g.c.cfg.Silence)
 	defer cancel()
 	if g.mirror == nil || g.mirror.IsClosed() {
 		conn, err := schema.Connect(ctx, g.c.cfg.Mirror, g.c.cfg.application())
 		if err != nil {
-			return // the run notices too
+			return nil // the run notices too
 		}
 		g.mirror = conn
 	}
-	found, err := schema.GuardPublication(ctx, source, g.mirror)
+	found, err := schema.GuardPublication(ctx, g.c.cfg.Publication, source, g.mirror)
 	for _, f := range found {
 		g.c.log.Error("the source's publication has changed", zap.String("found", f))
 	}
-	if err != nil && ctx.Err() == nil && err.Error() != g.failed {
+	switch {
+	case errors.Is(err, schema.ErrNoPublication):
+		return &Error{CodePublication, fmt.Sprintf("publication %q is gone from the source, or was dropped and made again: changes are missing", g.c.cfg.Publication), remedyResync}
+	case err != nil && ctx.Err() == nil && err.Error() != g.failed:
 		g.failed = err.Error()
 		g.c.log.Error("the source's publication cannot be looked after", zap.Error(err))
 	}
+	return nil
 }
 
 // Metrics are the capture's figures for Prometheus.

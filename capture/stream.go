@@ -229,7 +229,12 @@ func (c *Config) fatal(err error) *Error {
 	case errors.As(err, &own):
 		return own
 	case pgerr.Is(err, "42704"): // undefined object: the slot was dropped between looking and starting, or the publication
-		return &Error{CodeSlotMissing, fmt.Sprintf("slot %q or publication %q does not exist: %v", c.Slot, c.Publication, err), remedyResync}
+		code := CodePublication
+		var pg *pgconn.PgError
+		if errors.As(err, &pg) && strings.HasPrefix(pg.Routine, "ReplicationSlot") {
+			code = CodeSlotMissing
+		}
+		return &Error{code, fmt.Sprintf("slot %q or publication %q does not exist: %v", c.Slot, c.Publication, err), remedyResync}
 	case pgerr.Is(err, "55000"): // object not in prerequisite state: "can no longer get changes from replication slot"
 		return &Error{CodeSlotLost, fmt.Sprintf("slot %q cannot be read any more: %v", c.Slot, err), remedyResync}
 	}

@@ -16,10 +16,15 @@ type Connection interface {
 	Beginner
 }
 
-// GuardPublication looks after the source's publication while it is in use, and returns what it found, for the log. A table
+// ErrNoPublication: the source's publication is not the one that was set up: it is gone, or was dropped and made again. PostgreSQL
+// 18 goes on as if nothing had happened, and sends nothing of what was written meanwhile.
+var ErrNoPublication = errors.New("the publication is gone, or was dropped and made again")
+
+// GuardPublication looks after the source's publication while it is in use, and returns what it found, for the log; [ErrNoPublication]
+// if it is gone or another one. A table
 // that has lost its replica identity makes the customer's own updates and deletes fail as long as it is published
 // (SQLSTATE 55000): it is taken out. A synced table that is not published any more is stopped, for its changes do not come.
-func GuardPublication(ctx context.Context, source Querier, mirror Connection) (found []string, err error) {
+func GuardPublication(ctx context.Context, publication string, source Querier, mirror Connection) (found []string, err error) {
 	layout, err := Layout(ctx, mirror)
 	if err != nil {
 		return nil, err
@@ -27,6 +32,17 @@ func GuardPublication(ctx context.Context, source Querier, mirror Connection) (f
 	synced, err := guarded(ctx, mirror)
 	if err != nil {
 		return nil, err
+	}
+	now, err := publicationID(ctx, source, publication)
+	if err != nil {
+		return nil, err
+	}
+	was, err := readMeta(ctx, mirror, metaPublication)
+	if err != nil {
+		return nil, err
+	}
+	if now == "" || was != "" && was != now {
+		return nil, ErrNoPublication
 	}
 	stop := func(table string, code StopCode, detail string) error {
 		t, ok := synced[table]
@@ -40,7 +56,7 @@ func GuardPublication(ctx context.Context, source Querier, mirror Connection) (f
 			c.relreplident = 'f' OR EXISTS (SELECT 1 FROM pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
 				AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident ELSE false END)
 		FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid JOIN pg_class c ON c.oid = r.prrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-		WHERE p.pubname = $1`, PublicationDown)
+		WHERE p.pubname = $1`, publication)
 	if err != nil {
 		return nil, err
 	}
@@ -52,9 +68,6 @@ func GuardPublication(ctx context.Context, source Querier, mirror Connection) (f
 	if err != nil {
 		return nil, err
 	}
-	if len(tables) == 0 {
-		return nil, nil // no publication: the stream says so by itself
-	}
 	there := map[string]bool{}
 	var errs []error
 	for _, t := range tables {
@@ -62,7 +75,7 @@ func GuardPublication(ctx context.Context, source Querier, mirror Connection) (f
 		if t.Identity {
 			continue
 		}
-		sql := "ALTER PUBLICATION " + PublicationDown + " DROP TABLE ONLY " + (&Table{Schema: t.Schema, Name: t.Name}).Ident()
+		sql := "ALTER PUBLICATION " + Quote(publication) + " DROP TABLE ONLY " + (&Table{Schema: t.Schema, Name: t.Name}).Ident()
 		if _, err := source.Exec(ctx, sql); err != nil {
 			if !pgerr.Is(err, "42704") { // somebody was quicker
 				errs = append(errs, fmt.Errorf("table %s has lost its replica identity, so its own users cannot update it; run at the source: %s: %w", t.Full, sql, err))
@@ -88,6 +101,15 @@ func GuardPublication(ctx context.Context, source Querier, mirror Connection) (f
 		}
 	}
 	return found, errors.Join(errs...)
+}
+
+// metaPublication is the key under which the mirror keeps the publication's number at the source.
+const metaPublication = "publication"
+
+// publicationID is the number of a publication; empty: there is none.
+func publicationID(ctx context.Context, source Querier, name string) (id string, err error) {
+	err = source.QueryRow(ctx, "SELECT coalesce((SELECT oid::text FROM pg_publication WHERE pubname = $1), '')", name).Scan(&id)
+	return id, err
 }
 
 // guardedTable is a table whose changes must come.
