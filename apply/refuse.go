@@ -49,7 +49,7 @@ func refusalOf(err error) (r refusal, ok bool) {
 	switch class := pg.Code[:2]; {
 	case class == "23" || class == "44" || pg.Code == "40002":
 		r.code = refusedConstraint
-	case class == "22" || class == "54" || generated:
+	case class == "22" || class == "54" || pg.Code == "42601" || generated:
 		r.code = refusedValue
 	case pg.Code == "42501":
 		r.code = refusedPermission

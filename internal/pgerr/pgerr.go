@@ -147,11 +147,18 @@ func classOf(pg *pgconn.PgError) Kind {
 	if pg.InternalQuery != "" && (class == "42" || class == "21" || class == "0A" || class == "55") {
 		return Refusal
 	}
+	if malformed(pg) {
+		return Refusal
+	}
 	if k, ok := classes[class]; ok {
 		return k
 	}
 	return Refusal
 }
+
+// malformed tells whether a syntax error is one of a value: extensions (ltree, hstore) have no other code for what their types
+// cannot read. A syntax error of the statement has its place there.
+func malformed(pg *pgconn.PgError) bool { return pg.Code == "42601" && pg.Position == 0 }
 
 // Details are the parts of a refusal that a person or a device is told.
 type Details struct {
@@ -192,8 +199,11 @@ func (d Details) Reason() protocol.Code {
 			return protocol.CodeConstraint
 		}
 	}
-	if d.Code == "40002" {
+	switch d.Code {
+	case "40002":
 		return protocol.CodeConstraint
+	case "42601":
+		return protocol.CodeValue
 	}
 	return protocol.CodeTrigger
 }

@@ -54,6 +54,20 @@ func TestErrorInsideTrigger(t *testing.T) {
 	}
 }
 
+// ltree and hstore say of a value what the parser says of a statement; only the latter has a place in the statement.
+func TestSyntaxOfAValue(t *testing.T) {
+	value := &pgconn.PgError{Code: "42601", Message: "ltree syntax error at character 3"}
+	if Class(value) != Refusal {
+		t.Error("a value that an extension cannot read must refuse the record, not stop the table")
+	}
+	if d, ok := Refused(value); !ok || d.Reason() != protocol.CodeValue {
+		t.Errorf("the reason is %q", d.Reason())
+	}
+	if Class(&pgconn.PgError{Code: "42601", Position: 8}) != Fatal {
+		t.Error("a statement with a syntax error will not get better")
+	}
+}
+
 func TestReason(t *testing.T) {
 	for code, want := range map[string]protocol.Code{
 		"23514": protocol.CodeConstraint, "22001": protocol.CodeValue, "42501": protocol.CodePermission,

@@ -87,6 +87,54 @@ func TestEveryType(t *testing.T) {
 			}
 		}
 	}
+
+	// A label is new at the source; and what does not fit is rejected alone, in the database's words.
+	r.at("ALTER TYPE own.mood ADD VALUE 'brand new' BEFORE 'sad'", "INSERT INTO families.owned (id, c00) VALUES (2001, 'brand new')")
+	r.on(r.a, "INSERT INTO owned (id, c00) VALUES (2002, 'brand new')")
+	bad := []struct{ table, typ, value string }{
+		{"owned", "own.mood", "no label"}, {"owned", "integer", "-1"}, {"owned", "own.pair", "(1"}, {"owned", "public.ltree", "a..b"}, {"numbers", "smallint", "40000"}, {"numbers", "numeric(12,2)", "10000000000"},
+		{"numbers", "boolean", "2"}, {"numbers", "double precision", "1.5 or so"}, {"texts", "json", "{"}, {"texts", "uuid", "x"}, {"texts", "character varying(5)", "too long"},
+		{"texts", "xml", "<a>"}, {"texts", "bit(3)", "1"}, {"times", "date", "2026-02-30"}, {"times", "timestamp with time zone", "yesterday-ish"}, {"ranges", "int4range", "[5,1)"},
+		{"arrays", "integer[]", "{1,x}"}, {"places", "inet", "1.2.3.400"},
+	}
+	for i, x := range bad {
+		r.on(r.b, fmt.Sprintf("INSERT INTO %s (id, %s) VALUES (?, ?)", x.table, r.column(x.table, x.typ)), 3000+i, x.value)
+	}
+	r.settle()
+	r.agree("values that do not fit")
+	if n := r.one("SELECT count(*)::text FROM families.owned WHERE c00 = 'brand new'"); n != "2" {
+		t.Errorf("%s rows have the new label", n)
+	}
+	rejects, err := r.b.Rejects(r.ctx)
+	r.must(err)
+	found := map[string]bool{}
+	for _, x := range rejects {
+		found[texts(x.Key)] = true
+		if x.Code == "" || x.Detail == "" {
+			t.Errorf("%s %s is rejected without a reason", x.Table, texts(x.Key))
+		}
+	}
+	for i, x := range bad {
+		if !found[fmt.Sprintf("(%q)", fmt.Sprint(3000+i))] {
+			t.Errorf("%s took %q", x.typ, x.value)
+		}
+	}
+	if len(rejects) != len(bad) {
+		t.Errorf("%d records were rejected, not %d", len(rejects), len(bad))
+	}
+}
+
+// column is the first column of a type in a family's table.
+func (r *rig) column(family, typ string) string {
+	for _, t := range r.tables {
+		for _, c := range t.Columns[1:] {
+			if t.Name == family && c.Type == typ {
+				return schema.Quote(c.Name)
+			}
+		}
+	}
+	r.t.Fatalf("table %s has no column of type %s", family, typ)
+	return ""
 }
 
 // values lists the columns of a family's table.
