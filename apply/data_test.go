@@ -17,7 +17,7 @@ import (
 func TestValuesArriveByteForByte(t *testing.T) {
 	r := newRig(t, `
 		CREATE TYPE mood AS ENUM ('sad', 'it''s ok'); CREATE TYPE pair AS (a int, b text); CREATE DOMAIN moods AS mood;
-		CREATE TABLE v (id int PRIMARY KEY, b boolean, n numeric, n2 numeric(12,2), f4 real, f8 double precision, m money, t text, vc varchar(20), c char(6), q "char",
+		CREATE TABLE v (id int PRIMARY KEY, b boolean, n numeric, n2 numeric(12,2), f4 real, f8 double precision, m money, t text, vc varchar(20), c char(6), q name,
 			by bytea, d date, ts timestamp(3), tz timestamptz, tt timetz, iv interval, j json, jb jsonb, x xml, pt point, net inet, bt bit(5), ia int[], ta text[],
 			e mood, ea mood[], pr pair, mo moods, ir int4range, gen int GENERATED ALWAYS AS (id * 2) STORED);
 		CREATE TABLE k (b boolean, c char(4), i inet, n numeric, t text, v text, PRIMARY KEY (b, c, i, n, t));

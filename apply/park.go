@@ -3,6 +3,8 @@ package apply
 import (
 	"context"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -24,8 +26,8 @@ type parked struct {
 }
 
 // sameLayout ends the session when the tables have changed since it began.
-func (s *upSession) sameLayout(ctx context.Context) error {
-	now, err := schema.Layout(ctx, s.mirror)
+func (s *upSession) sameLayout(ctx context.Context, q querier) error {
+	now, err := schema.Layout(ctx, q)
 	if err != nil {
 		return fmt.Errorf("layout: %w", err)
 	}
@@ -46,13 +48,43 @@ func (s *upSession) waits(c *upChange) bool {
 		wait = p.keys[authorKey(c.tbl, keyID(c.key))] || s.refersParked(c) || c.op == conflict.Delete && s.referredParked(c)
 	}
 	if wait {
-		p.waits = true
-		p.keys[authorKey(c.tbl, keyID(c.key))] = true
-		if c.op != conflict.Insert {
-			p.taken[c.tbl] = true
-		}
+		s.wait(c)
 	}
 	return wait
+}
+
+// wait notes that a change waits.
+func (s *upSession) wait(c *upChange) {
+	p := &s.parked
+	p.waits = true
+	p.keys[authorKey(c.tbl, keyID(c.key))] = true
+	if c.op != conflict.Insert {
+		p.taken[c.tbl] = true
+	}
+}
+
+// waiting are those of a list that must wait; an atomic unit waits whole (rule R8). The list has no unit in part.
+func (s *upSession) waiting(list []*upChange) map[*upChange]bool {
+	out := map[*upChange]bool{}
+	units := map[unitID]bool{}
+	for before := -1; before != len(out); {
+		before = len(out)
+		for _, c := range list {
+			u := unitID{c.session, c.unit}
+			switch {
+			case out[c]:
+			case c.unit != 0 && units[u]:
+				s.wait(c)
+				out[c] = true
+			case s.waits(c):
+				units[u], out[c] = true, true
+			}
+		}
+		if len(units) == 0 {
+			break
+		}
+	}
+	return out
 }
 
 // refersParked tells whether a change refers to a row of which a change is parked: without it the source would refuse.
@@ -87,8 +119,9 @@ func (s *upSession) park(ctx context.Context, list []*upChange) ([]*upChange, er
 	var ids []int64
 	var tbls []int
 	rest := make([]*upChange, 0, len(list))
+	waiting := s.waiting(list)
 	for _, c := range list {
-		if !s.waits(c) {
+		if !waiting[c] {
 			rest = append(rest, c)
 			continue
 		}
@@ -114,19 +147,20 @@ func (s *upSession) unpark(ctx context.Context) error {
 	for _, t := range s.byName {
 		s.parked.waits = s.parked.waits || t.Stop != nil
 	}
-	rows, err := s.mirror.Query(ctx, `SELECT c.id, c.tbl, c.op, c.key, c.img::text, c.old::text, c.created_at, c.stamp
+	rows, err := s.mirror.Query(ctx, `SELECT c.id, c.tbl, c.op, c.key, c.img::text, c.old::text, c.created_at, c.session_id, c.unit, c.stamp
 		FROM waystage.parked AS p JOIN waystage.change AS c ON c.id = p.change_id ORDER BY min(c.id) OVER (PARTITION BY c.stamp), c.id`)
 	if err != nil {
 		return fmt.Errorf("parked changes: %w", err)
 	}
 	var op string
 	var img *string
-	var stamp, last int64
+	var last int64
 	var c upChange
+	var list []*upChange
 	tx := 0
-	_, err = pgx.ForEachRow(rows, []any{&c.id, &c.tbl, &op, &c.key, &img, &c.old, &c.created, &stamp}, func() error {
-		if stamp != last {
-			last = stamp
+	_, err = pgx.ForEachRow(rows, []any{&c.id, &c.tbl, &op, &c.key, &img, &c.old, &c.created, &c.session, &c.unit, &c.stamp}, func() error {
+		if c.stamp != last {
+			last = c.stamp
 			tx-- // none of the numbers that transactions of the stream get
 		}
 		one := c
@@ -139,15 +173,83 @@ func (s *upSession) unpark(ctx context.Context) error {
 			}
 			one.img = vals
 		}
-		if !s.waits(&one) {
-			s.queue = append(s.queue, &one)
-			s.parked.back[one.id] = true
-		}
+		list = append(list, &one)
 		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("parked changes: %w", err)
 	}
+	waiting := s.waiting(list)
+	for _, c := range list {
+		if !waiting[c] {
+			s.queue = append(s.queue, c)
+			s.parked.back[c.id] = true
+		}
+	}
 	s.began = time.Now()
+	return nil
+}
+
+// fit deals with changes that were made under another layout of their table. Columns that were renamed since have their new
+// name in the mirror; values of columns that are gone have no place, and a change of nothing else is refused.
+func (s *upSession) fit(ctx context.Context, list []*upChange) error {
+	s.misfits = false
+	byID := map[int64]*upChange{}
+	var ids []int64
+	for _, c := range list {
+		for col := range c.img {
+			if _, ok := c.t.at[col]; !ok {
+				byID[c.id] = c
+				ids = append(ids, c.id)
+				break
+			}
+		}
+	}
+	if len(ids) == 0 {
+		return nil
+	}
+	rows, err := s.mirror.Query(ctx, "SELECT id, img::text, old::text FROM waystage.change WHERE id = ANY ($1)", ids)
+	if err != nil {
+		return fmt.Errorf("changes of another layout: %w", err)
+	}
+	var id int64
+	var img, old *string
+	_, err = pgx.ForEachRow(rows, []any{&id, &img, &old}, func() error {
+		c := byID[id]
+		if img == nil {
+			return nil
+		}
+		vals, err := jsonValues(*img)
+		if err != nil {
+			return err
+		}
+		var gone []string
+		for col := range vals {
+			if _, ok := c.t.at[col]; !ok {
+				gone = append(gone, col)
+				delete(vals, col)
+			}
+		}
+		left := 0
+		for col := range vals {
+			if !c.t.IsKey(col) {
+				left++
+			}
+		}
+		if left == 0 && c.op == conflict.Update {
+			slices.Sort(gone)
+			c.misfit = fmt.Sprintf("table %s has no column %s any more", c.t.FullName(), strings.Join(gone, ", "))
+			s.misfits = true
+		}
+		c.img = vals
+		if old != nil {
+			before := *old
+			c.old, c.expect = &before, &before
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("changes of another layout: %w", err)
+	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -24,6 +25,7 @@ const (
 	refusedValue      = "source_value"
 	refusedPermission = "source_permission"
 	refusedDependency = "dependency_rejected"
+	refusedSchema     = "schema_changed"
 )
 
 // refusal says why the source does not have a change.
@@ -69,29 +71,46 @@ func (c *upChange) conflicting(reason conflict.Reason) refusal {
 	}
 }
 
-// dependsOn finds a refused insert that the change refers to by a foreign key. The source would refuse the change too,
-// or, if somebody else has inserted a row with that key, hang it on a stranger's row.
-func (s *upSession) dependsOn(c *upChange) (refusal, bool) {
-	if len(s.refused) == 0 || c.op == conflict.Delete {
-		return refusal{}, false
+// refusedInsert is when and in which mirror transaction an insert was refused.
+type refusedInsert struct {
+	at    time.Time
+	stamp int64
+}
+
+// dependsOn finds a change of a group that refers by a foreign key to a refused insert. The source would refuse it too, or, if
+// somebody else has inserted such a row, hang it on a stranger's.
+func (s *upSession) dependsOn(ctx context.Context, g group) (*upChange, refusal, error) {
+	for _, c := range g {
+		if c.misfit != "" {
+			return c, refusal{code: refusedSchema, detail: c.misfit}, nil
+		}
+		for _, r := range c.links().refers {
+			known, ok := s.refused[r.row]
+			if ok && c.created.After(known.at) {
+				heard, err := s.heard(ctx, c, known)
+				if err != nil {
+					return nil, refusal{}, err
+				}
+				ok = !heard
+			}
+			if ok {
+				return c, refusal{code: refusedDependency, constraint: r.fk.Name,
+					detail: fmt.Sprintf("the row of %s that the change refers to (%s) was refused", r.fk.Table, strings.Join(r.key, ", "))}, nil
+			}
+		}
 	}
-	for _, fk := range c.t.Foreign {
-		parent := s.byName[fk.Table]
-		if parent == nil {
-			continue
-		}
-		key, touched, complete := c.refersTo(fk, parent)
-		if !touched || !complete {
-			continue
-		}
-		decided, ok := s.refused[authorKey(parent.ID, keyID(key))]
-		// A device that already knew of the refusal means the row that is there now.
-		if ok && !c.created.After(decided) {
-			return refusal{code: refusedDependency, constraint: fk.Name,
-				detail: fmt.Sprintf("the row of %s that the change refers to (%s) was refused", parent.FullName(), strings.Join(key, ", "))}, true
-		}
+	return nil, refusal{}, nil
+}
+
+// heard tells whether a change's device knew of a refusal when it made its session: then it means the row that is there now. What
+// it had been told is what the reply before saw, which it has applied (rule D1).
+func (s *upSession) heard(ctx context.Context, c *upChange, r refusedInsert) (heard bool, err error) {
+	err = s.mirror.QueryRow(ctx, `SELECT EXISTS (SELECT FROM waystage.session AS s JOIN waystage.session AS p ON p.incarnation = s.incarnation AND p.n = s.n - 1
+		WHERE s.id = $1 AND pg_visible_in_snapshot($2::text::xid8, p.told))`, c.session, strconv.FormatInt(r.stamp, 10)).Scan(&heard)
+	if err != nil {
+		return false, fmt.Errorf("what a device knew: %w", err)
 	}
-	return refusal{}, false
+	return heard, nil
 }
 
 // refersTo is the primary key of the parent row that a change refers to by a foreign key; touched tells whether the change
@@ -121,19 +140,28 @@ func (c *upChange) refersTo(fk schema.ForeignKey, parent *table) (key []string, 
 	return key, touched, true
 }
 
-// recallRefused reads the refused inserts that changes still pending may depend on.
+// recallRefused reads the latest refused inserts, which changes still to come may refer to.
 func (s *upSession) recallRefused(ctx context.Context) error {
-	rows, err := s.mirror.Query(ctx, `SELECT tbl, key, decided_at FROM waystage.change
-		WHERE state = 'refused' AND op = 'I' AND decided_at >= (SELECT min(created_at) FROM waystage.change WHERE state = 'merged')`)
+	rows, err := s.mirror.Query(ctx, `SELECT tbl, key, img::text, decided_at, stamp FROM waystage.change
+		WHERE state IN ('rejected', 'refused') AND state = 'refused' AND op = 'I' ORDER BY id DESC LIMIT $1`, maxRefused/2)
 	if err != nil {
 		return fmt.Errorf("refused inserts: %w", err)
 	}
+	c := upChange{op: conflict.Insert}
 	var tbl int
-	var key []string
-	var decided time.Time
-	_, err = pgx.ForEachRow(rows, []any{&tbl, &key, &decided}, func() error {
-		s.refused[authorKey(tbl, keyID(key))] = decided
-		return nil
+	var img *string
+	var r refusedInsert
+	_, err = pgx.ForEachRow(rows, []any{&tbl, &c.key, &img, &r.at, &r.stamp}, func() error {
+		one := c
+		c.key = nil
+		if one.t = s.tables[tbl]; one.t == nil || img == nil || len(one.key) != len(one.t.keys) {
+			return nil
+		}
+		var err error
+		if one.img, err = jsonValues(*img); err == nil {
+			s.remember(&one, r)
+		}
+		return err
 	})
 	if err != nil {
 		return fmt.Errorf("refused inserts: %w", err)
@@ -141,73 +169,142 @@ func (s *upSession) recallRefused(ctx context.Context) error {
 	return nil
 }
 
-const maxRefused = 10000
+// maxRefused bounds how many refused inserts are remembered; the source's foreign keys stand behind the others.
+const maxRefused = 20000
 
-// refuse gives a change its verdict in the mirror, and lets the row become base when it was the last one pending.
-func (s *upSession) refuse(ctx context.Context, c *upChange, why refusal) error {
+func (s *upSession) remember(c *upChange, r refusedInsert) {
+	if len(s.refused) >= maxRefused { // the older half goes
+		var times []time.Time
+		for _, r := range s.refused {
+			times = append(times, r.at)
+		}
+		slices.SortFunc(times, time.Time.Compare)
+		for id, r := range s.refused {
+			if !r.at.After(times[len(times)/2]) {
+				delete(s.refused, id)
+			}
+		}
+	}
+	for _, id := range c.links().makes {
+		s.refused[id] = r
+	}
+}
+
+// verdictOf is a change that is refused, and why.
+type verdictOf struct {
+	c   *upChange
+	why refusal
+}
+
+// refuseIn refuses a change of a group with all that fall with it, in one transaction, and lets rows become base whose last
+// pending change that was. It returns those that stand.
+func (s *upSession) refuseIn(ctx context.Context, g group, bad *upChange, why refusal) (rest []*upChange, err error) {
+	down, rest := g.falls(bad, why)
 	tx, err := s.mirror.Begin(ctx)
 	if err != nil {
-		return fmt.Errorf("refuse: %w", err)
+		return nil, fmt.Errorf("refuse: %w", err)
 	}
 	defer rollback(tx)
 	if err := s.holdTerm(ctx, tx); err != nil {
-		return err
+		return nil, err
 	}
-	if err := lockTables(ctx, tx, []int{c.t.ID}); err != nil {
-		return fmt.Errorf("refuse: %w", err)
+	if err := lockTables(ctx, tx, g.tables()); err != nil {
+		return nil, fmt.Errorf("refuse: %w", err)
 	}
-	return s.refuseLocked(ctx, tx, c, why)
-}
-
-// refuseLocked is refuse in a transaction that holds the term and the table's lock; it commits.
-func (s *upSession) refuseLocked(ctx context.Context, tx pgx.Tx, c *upChange, why refusal) error {
-	var winner *string
-	if why.code == refusedConflict {
-		source := "source"
-		winner = &source
+	// From a stop on nothing of the table is settled: the next copy says what its rows are.
+	if err := s.sameLayout(ctx, tx); err != nil {
+		return nil, err
 	}
-	var decided time.Time
-	err := tx.QueryRow(ctx, `UPDATE waystage.change SET state = 'refused', stamp = pg_current_xact_id()::text::bigint, decided_at = clock_timestamp(),
-			code = $2, detail = $3, constraint_name = nullif($4, ''), winner = coalesce($5, winner)
-		WHERE id = $1 AND state = 'merged' RETURNING decided_at`, c.id, why.code, clean(why.detail), why.constraint, winner).Scan(&decided)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return fmt.Errorf("%w: change %d has a verdict already", errFenced, c.id)
+	n := len(down)
+	ids, codes, details, constraints := make([]int64, n), make([]string, n), make([]string, n), make([]string, n)
+	byTable := map[*target][]*upChange{}
+	byID := map[int64]*upChange{}
+	for i, v := range down {
+		ids[i], codes[i], details[i], constraints[i] = v.c.id, v.why.code, clean(v.why.detail), v.why.constraint
+		byTable[v.c.t] = append(byTable[v.c.t], v.c)
+		byID[v.c.id] = v.c
 	}
+	rows, err := tx.Query(ctx, `UPDATE waystage.change AS c SET state = 'refused', stamp = pg_current_xact_id()::text::bigint, decided_at = clock_timestamp(),
+			code = u.code, detail = u.detail, constraint_name = nullif(u.constr, ''), winner = CASE WHEN u.code = $5 THEN 'source' ELSE winner END
+		FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[]) AS u(id, code, detail, constr)
+		WHERE c.id = u.id AND c.state = 'merged' RETURNING c.id, c.decided_at, c.stamp`, ids, codes, details, constraints, refusedConflict)
 	if err != nil {
-		return fmt.Errorf("refuse change %d: %w", c.id, err)
+		return nil, fmt.Errorf("refuse change %d: %w", bad.id, err)
 	}
-	at, base, err := s.base(ctx, tx, c)
-	if err != nil {
-		return err
+	known := map[*upChange]refusedInsert{}
+	var id int64
+	var r refusedInsert
+	if _, err := pgx.ForEachRow(rows, []any{&id, &r.at, &r.stamp}, func() error { known[byID[id]] = r; return nil }); err != nil {
+		return nil, fmt.Errorf("refuse change %d: %w", bad.id, err)
 	}
-	switch {
-	case !conflict.Route(int(at.pending)):
-		err = c.t.settle(ctx, tx, []settlement{{key: c.key, base: base.img, writer: base.writer, by: base.by}})
-		if err == nil && at.hasBase {
-			err = c.t.dropBases(ctx, tx, [][]string{c.key})
+	if len(known) != n {
+		return nil, fmt.Errorf("%w: change %d, or one that falls with it, has a verdict already", errFenced, bad.id)
+	}
+	for t, list := range byTable {
+		if err := s.settleRefused(ctx, tx, t, list); err != nil {
+			return nil, err
 		}
-	default: // without a row, the first pending change's old image was the base until now
-		base.refused = true
-		err = c.t.putBases(ctx, tx, []baseRow{base})
-	}
-	if err != nil {
-		return err
 	}
 	if err := commit(ctx, tx); err != nil {
-		return fmt.Errorf("refuse change %d: %w", c.id, err)
+		return nil, fmt.Errorf("refuse change %d: %w", bad.id, err)
 	}
-	s.u.state.with(func(st *Stats) { st.Refused++ })
-	if c.op == conflict.Insert {
-		if len(s.refused) >= maxRefused {
-			for k, at := range s.refused {
-				if c.created.Sub(at) > time.Minute { // later changes were made after it
-					delete(s.refused, k)
-				}
-			}
+	s.u.state.with(func(st *Stats) { st.Refused += uint64(n) })
+	for c, r := range known {
+		if c.op == conflict.Insert {
+			s.remember(c, r)
 		}
-		s.refused[authorKey(c.t.ID, keyID(c.key))] = decided
 	}
-	return nil
+	return rest, nil
+}
+
+// settleRefused brings the rows of a table's refused changes in order.
+func (s *upSession) settleRefused(ctx context.Context, tx pgx.Tx, t *target, list []*upChange) error {
+	var keys [][]string
+	var of []*upChange // the first refused one of each key
+	seen := map[string]int{}
+	for _, c := range list {
+		if i, ok := seen[keyID(c.key)]; ok {
+			if c.id < of[i].id {
+				of[i] = c
+			}
+			continue
+		}
+		seen[keyID(c.key)] = len(keys)
+		keys, of = append(keys, c.key), append(of, c)
+	}
+	at, err := t.standings(ctx, tx, keys)
+	if err != nil {
+		return err
+	}
+	first := make([]int64, len(keys))
+	for i := range keys {
+		first[i] = firstOf(of[i], at[i])
+	}
+	bases, err := t.baseImages(ctx, tx, keys, first)
+	if err != nil {
+		return err
+	}
+	var settled []settlement
+	var drops [][]string
+	var puts []baseRow
+	for i, base := range bases {
+		if conflict.Route(int(at[i].pending)) {
+			base.refused = true // without a row, the first pending change's old image was the base until now
+			puts = append(puts, base)
+			continue
+		}
+		settled = append(settled, settlement{key: keys[i], base: base.img, writer: base.writer, by: base.by})
+		if at[i].hasBase {
+			drops = append(drops, keys[i])
+		}
+	}
+	if err := t.putBases(ctx, tx, puts); err != nil {
+		return err
+	}
+	if err := t.settle(ctx, tx, settled); err != nil {
+		return err
+	}
+	return t.dropBases(ctx, tx, drops)
 }
 
 // clean makes a server's message fit for a text column.

@@ -19,11 +19,13 @@ type Stats struct {
 	Batches      uint64     `json:"batches"`
 	Transactions uint64     `json:"transactions"`
 	Rows         uint64     `json:"rows"`
-	Accepted     uint64     `json:"accepted"` // changes that the source has taken
-	Refused      uint64     `json:"refused"`  // changes that the source has refused
-	Rebased      uint64     `json:"rebased"`  // changes that expected another image at the source and were tried again
-	Barriers     uint64     `json:"barriers"` // times that up waited for down to decide about a conflict
-	Seconds      float64    `json:"seconds"`  // spent in target transactions
+	Accepted     uint64     `json:"accepted"`          // changes that the source has taken
+	Refused      uint64     `json:"refused"`           // changes that the source has refused
+	Rebased      uint64     `json:"rebased"`           // changes that expected another image at the source and were tried again
+	Barriers     uint64     `json:"barriers"`          // times that up waited for down to decide about a conflict
+	LockRetries  uint64     `json:"lock_retries"`      // transactions that up repeated because of locks at the source
+	Blocked      *Blocked   `json:"blocked,omitempty"` // what up waits for at the source
+	Seconds      float64    `json:"seconds"`           // spent in target transactions
 }
 
 type state struct {
@@ -102,6 +104,12 @@ func (k collector) Collect(ch chan<- prometheus.Metric) {
 	send(prometheus.CounterValue, "refused_total", "Devices' changes that the source refused.", float64(st.Refused))
 	send(prometheus.CounterValue, "rebased_total", "Devices' changes that were tried again on a newer base of our own making.", float64(st.Rebased))
 	send(prometheus.CounterValue, "barriers_total", "Times that up waited for down to decide about a conflict.", float64(st.Barriers))
+	send(prometheus.CounterValue, "lock_retries_total", "Source transactions that up repeated because of somebody's locks.", float64(st.LockRetries))
+	blocked := 0.0
+	if st.Blocked != nil {
+		blocked = time.Since(st.Blocked.Since).Seconds()
+	}
+	send(prometheus.GaugeValue, "blocked_seconds", "How long up has been waiting for somebody's lock at the source; 0: it is not.", blocked)
 	send(prometheus.CounterValue, "seconds_total", "Time spent in target transactions.", st.Seconds)
 }
 

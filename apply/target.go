@@ -16,11 +16,13 @@ import (
 // target is a synced table as up writes it at the source: the same names, the source's own types.
 type target struct {
 	*table
-	full     []string // the columns' types with modifiers, for images that the source has had
-	bare     []string // without: new values are assigned, so that one which does not fit is an error and not cut off
-	identity []bool   // GENERATED ALWAYS
-	filled   []bool   // NOT NULL, with a default or an identity: what a device leaves empty, the source fills in
-	deferred bool     // the primary key is deferrable: ON CONFLICT does not take it
+	full     []string   // the columns' types with modifiers, for images that the source has had
+	bare     []string   // without: new values are assigned, so that one which does not fit is an error and not cut off
+	identity []bool     // GENERATED ALWAYS
+	filled   []bool     // NOT NULL, with a default or an identity: what a device leaves empty, the source fills in
+	deferred bool       // the primary key is deferrable: ON CONFLICT does not take it
+	referred [][]string // columns by which foreign keys of synced tables refer to rows of this one
+	cascades []cascade  // which rows of synced tables go with a deleted one
 	sql      map[string]string
 }
 
@@ -126,6 +128,18 @@ func readTargets(ctx context.Context, conn *pgx.Conn, tables map[int]*table) (ma
 	}
 	if found != nil {
 		return nil, found
+	}
+	if err := readCascades(ctx, conn, out); err != nil {
+		return nil, err
+	}
+	for _, child := range out {
+		for _, fk := range child.Foreign {
+			for _, t := range out {
+				if t.FullName() == fk.Table && !slices.ContainsFunc(t.referred, func(cols []string) bool { return slices.Equal(cols, fk.Refers) }) {
+					t.referred = append(t.referred, fk.Refers)
+				}
+			}
+		}
 	}
 	return out, nil
 }

@@ -90,6 +90,8 @@ type upSession struct {
 	purge  purger
 	parked parked
 
+	misfits bool // some change has no place in its table any more
+
 	seq      int64      // of the source's progress row: the chain, which every source transaction demands and moves
 	term     int64      // what seq was when the session began: every refusal demands it of the mirror
 	position change.LSN // all changes of the mirror's transactions up to here are decided
@@ -98,12 +100,12 @@ type upSession struct {
 	lastAt   time.Time  // commit time of the transaction that ends at position
 	certain  change.LSN // changes committed behind this position were seen by no worker before this session
 
-	queue   []*upChange          // read and not decided
-	marks   []mark               // where the mirror's transactions end in queue
-	txs     int                  // mirror transactions read
-	refused map[string]time.Time // refused inserts by table and key: when
-	began   time.Time            // when the first of queue came
-	idleAt  time.Time            // when the last batch was decided
+	queue   []*upChange              // read and not decided
+	marks   []mark                   // where the mirror's transactions end in queue
+	txs     int                      // mirror transactions read
+	refused map[string]refusedInsert // refused inserts by the names of their rows
+	began   time.Time                // when the first of queue came
+	idleAt  time.Time                // when the last batch was decided
 }
 
 // mark is the end of a mirror transaction: all changes before the place in the queue belong to it or its predecessors.
@@ -115,7 +117,7 @@ type mark struct {
 
 func (u *Up) session(ctx context.Context) (err error) {
 	u.state.set("starting", nil)
-	s := &upSession{u: u, ledger: map[uint32]*ledger{}, refused: map[string]time.Time{}, purge: purger{q: u.cfg.Changes, log: u.log}}
+	s := &upSession{u: u, ledger: map[uint32]*ledger{}, refused: map[string]refusedInsert{}, purge: purger{q: u.cfg.Changes, log: u.log}}
 	if s.mirror, err = connectMirror(ctx, u.cfg.Mirror, "waystage apply up"); err != nil {
 		return err
 	}
@@ -311,7 +313,7 @@ func (s *upSession) await(ctx context.Context) error {
 // barrier makes sure that base images show everything that the source had committed when it was called (rule R4).
 func (s *upSession) barrier(ctx context.Context) error {
 	s.u.state.with(func(st *Stats) { st.Barriers++ })
-	out, err := s.try(ctx, nil, s.position)
+	out, err := s.try(ctx, nil, s.position, together)
 	if err != nil {
 		return err
 	}
@@ -340,7 +342,7 @@ func (s *upSession) run(ctx context.Context) error {
 			return err
 		}
 		if !ok && wait == lookEvery {
-			if err := s.sameLayout(ctx); err != nil {
+			if err := s.sameLayout(ctx, s.mirror); err != nil {
 				return err
 			}
 		}
@@ -352,9 +354,12 @@ func (s *upSession) run(ctx context.Context) error {
 				s.purge.upTo = max(s.purge.upTo, a.place)
 			}
 		}
-		// A large transaction of the mirror is applied in parts: its changes are records of their own (rule R8).
 		for len(s.queue) >= s.u.cfg.BatchChanges || (len(s.queue) > 0 && !ok && !s.feed.open) {
-			if err := s.batch(ctx, min(len(s.queue), s.u.cfg.BatchChanges)); err != nil {
+			n := s.cut()
+			if n == 0 {
+				break
+			}
+			if err := s.batch(ctx, n); err != nil {
 				return err
 			}
 		}
@@ -368,6 +373,28 @@ func (s *upSession) run(ctx context.Context) error {
 			}
 		}
 	}
+}
+
+// cut is how many changes of the queue the next batch takes. A large transaction of the mirror is applied in parts, since its
+// changes are records of their own; but one with atomic units (rule R8) is not cut. 0: its end must come first.
+func (s *upSession) cut() int {
+	n := min(len(s.queue), s.u.cfg.BatchChanges)
+	tx := s.queue[n-1].tx
+	begin := n
+	whole := true
+	for ; begin > 0 && s.queue[begin-1].tx == tx; begin-- {
+		whole = whole && s.queue[begin-1].unit == 0
+	}
+	if whole {
+		return n
+	}
+	for n < len(s.queue) && s.queue[n].tx == tx {
+		n++
+	}
+	if n == len(s.queue) && s.feed.open && tx == s.txs {
+		return begin
+	}
+	return n
 }
 
 // event takes one event of the mirror.
@@ -410,7 +437,7 @@ func (s *upSession) batch(ctx context.Context, n int) error {
 		used++
 	}
 	began := time.Now()
-	if err := s.sameLayout(ctx); err != nil {
+	if err := s.sameLayout(ctx, s.mirror); err != nil {
 		return err
 	}
 	todo, err := s.undecided(ctx, list)
@@ -418,6 +445,9 @@ func (s *upSession) batch(ctx context.Context, n int) error {
 		return err
 	}
 	if todo, err = s.park(ctx, todo); err != nil {
+		return err
+	}
+	if err := s.fit(ctx, todo); err != nil {
 		return err
 	}
 	for rest := todo; len(rest) > 0; {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/jackc/pgx/v5"
 
@@ -12,19 +13,37 @@ import (
 	"github.com/waystage/waystage/internal/sabotage"
 )
 
-// outcome of one source transaction. At most one field is set; none: committed.
+// outcome of one source transaction. At most one of missed, short and refused is set; none: committed.
 type outcome struct {
-	missed  map[*upChange]bool // these did not find what they expected
-	short   *unit              // inserts of which some found a row; which ones is not known
-	refused error              // the database refused one of the changes
+	missed  map[*upChange]bool    // these did not find what they expected
+	taken   map[*upChange]refusal // or would take something along that their author has not seen
+	short   *stmt                 // inserts of which some found a row; which ones is not known
+	refused error                 // the database refused one of the changes
+	at      *stmt                 // by this statement; nil: at the end
 }
 
 func (o outcome) committed() bool { return o.missed == nil && o.short == nil && o.refused == nil }
 
-// try carries changes to the source in one transaction, all or none. An error says nothing about the changes: the
+// manner of writing changes.
+type manner byte
+
+const (
+	together manner = iota // as few statements as possible, each compares what it finds
+	alone                  // a group: what it expects is looked at, and locked, before anything is written, since what differs after that is its own doing
+)
+
+// mannerOf a transaction that carries these groups only.
+func mannerOf(list ...group) manner {
+	if len(list) == 1 && len(list[0]) > 1 {
+		return alone
+	}
+	return together
+}
+
+// tryOnce carries changes to the source in one transaction, all or none. An error says nothing about the changes: the
 // session is to be started again, and finds out what happened.
-func (s *upSession) try(ctx context.Context, list []*upChange, position change.LSN) (out outcome, err error) {
-	units, err := plan(list)
+func (s *upSession) tryOnce(ctx context.Context, list []*upChange, position change.LSN, how manner) (out outcome, err error) {
+	stmts, err := plan(list, how)
 	if err != nil {
 		return out, err
 	}
@@ -41,14 +60,7 @@ func (s *upSession) try(ctx context.Context, list []*upChange, position change.L
 	b.Queue("BEGIN ISOLATION LEVEL READ COMMITTED")
 	b.Queue(`UPDATE waystage.progress SET seq = seq + 1, position = $3::text::pg_lsn, carries = $4, worker = $5, at = clock_timestamp()
 		WHERE epoch = $1 AND `+fence, s.epoch, s.seq, position.String(), formatCarries(ids), s.u.cfg.Worker)
-	for _, un := range units {
-		b.Queue(un.t.statement(un.f, un.cols), un.args()...)
-	}
-	res := s.source.SendBatch(ctx, b)
-	out, fenced, err := s.results(res, units)
-	if cerr := res.Close(); err == nil {
-		err = cerr
-	}
+	out, fenced, err := s.write(ctx, b, stmts)
 	if err == nil && !fenced && out.committed() {
 		_, err = s.source.Exec(context.WithoutCancel(ctx), "COMMIT")
 		if err == nil {
@@ -71,50 +83,94 @@ func (s *upSession) try(ctx context.Context, list []*upChange, position change.L
 		return out, nil
 	}
 	if _, ok := refusalOf(err); ok && len(list) > 0 {
-		return outcome{refused: err}, nil
+		if out.missed != nil { // it may be for that
+			return outcome{missed: out.missed, taken: out.taken}, nil
+		}
+		return outcome{refused: err, at: out.at}, nil
 	}
 	// A statement that the source does not even take: one change of the table is enough to stop it by.
 	var f *fault
 	if len(list) > 0 && !errors.As(err, &f) && errors.As(sourceFault(list[0].t.table, err), &f) {
-		return outcome{refused: err}, nil
+		return outcome{refused: err, at: out.at}, nil
 	}
 	return out, fmt.Errorf("write to the source: %w", err)
 }
 
-// results reads the answers of a transaction that is still open.
-func (s *upSession) results(res pgx.BatchResults, units []*unit) (out outcome, fenced bool, err error) {
-	if _, err := res.Exec(); err != nil {
-		return out, false, err
+// write sends what opens the transaction, and the statements. Before a statement that deletes rows which others hang on, it looks
+// at what goes with them.
+func (s *upSession) write(ctx context.Context, b *pgx.Batch, stmts []*stmt) (out outcome, fenced bool, err error) {
+	guarded := func(st *stmt) bool {
+		return (st.f == formDelete || st.f == formRemove) && len(st.t.cascades) > 0
 	}
-	tag, err := res.Exec()
-	if err != nil {
-		return out, false, err
+	for opened := false; ; opened = true {
+		n := 0
+		for n < len(stmts) && (n == 0 && opened || !guarded(stmts[n])) {
+			b.Queue(stmts[n].t.statement(stmts[n].f, stmts[n].cols), stmts[n].args()...)
+			n++
+		}
+		res := s.source.SendBatch(ctx, b)
+		fenced, err = s.results(res, stmts[:n], opened, &out)
+		if cerr := res.Close(); err == nil {
+			err = cerr
+		}
+		if stmts = stmts[n:]; err != nil || fenced || len(stmts) == 0 || !out.committed() {
+			return out, fenced, err
+		}
+		list, err := s.victims(ctx, stmts[0])
+		if err != nil {
+			return out, false, fmt.Errorf("look for rows that a cascade takes: %w", err)
+		}
+		if out.taken, err = s.unseen(ctx, list); err != nil {
+			return out, false, err
+		}
+		if len(out.taken) > 0 {
+			out.missed = map[*upChange]bool{}
+			for c := range out.taken {
+				out.missed[c] = true
+			}
+			return out, false, nil
+		}
+		b = &pgx.Batch{}
 	}
-	if tag.RowsAffected() != 1 {
-		return out, true, nil
+}
+
+// results reads the answers of a transaction that is still open; opened: its first two were read before.
+func (s *upSession) results(res pgx.BatchResults, stmts []*stmt, opened bool, out *outcome) (fenced bool, err error) {
+	if !opened {
+		if _, err := res.Exec(); err != nil {
+			return false, err
+		}
+		tag, err := res.Exec()
+		if err != nil {
+			return false, err
+		}
+		if tag.RowsAffected() != 1 {
+			return true, nil
+		}
 	}
-	for _, un := range units {
-		if un.f == formInsert {
+	for _, st := range stmts {
+		out.at = st
+		if st.f == formInsert || st.f == formRemove {
 			tag, err := res.Exec()
 			if err != nil {
-				return out, false, sourceFault(un.t.table, err)
+				return false, sourceFault(st.t.table, err)
 			}
-			if int(tag.RowsAffected()) != len(un.list) && out.committed() {
-				out.short = un
+			if st.f == formInsert && int(tag.RowsAffected()) != len(st.list) && out.committed() {
+				out.short = st
 			}
 			continue
 		}
 		rows, err := res.Query()
 		if err != nil {
-			return out, false, sourceFault(un.t.table, err)
+			return false, sourceFault(st.t.table, err)
 		}
-		named := make([]bool, len(un.list))
+		named := make([]bool, len(st.list))
 		var i int64
 		if _, err := pgx.ForEachRow(rows, []any{&i}, func() error { named[i-1] = true; return nil }); err != nil {
-			return out, false, sourceFault(un.t.table, err)
+			return false, sourceFault(st.t.table, err)
 		}
-		for r, c := range un.list {
-			if named[r] == (un.f == formGone) { // a hit is named, except by formGone
+		for r, c := range st.list {
+			if named[r] == (st.f == formGone) { // a hit is named, except by formGone
 				if out.missed == nil {
 					out.missed = map[*upChange]bool{}
 				}
@@ -122,7 +178,8 @@ func (s *upSession) results(res pgx.BatchResults, units []*unit) (out outcome, f
 			}
 		}
 	}
-	return out, false, nil
+	out.at = nil
+	return false, nil
 }
 
 // process decides changes, in order. The last transaction moves the source's position to end.
@@ -130,32 +187,72 @@ func (s *upSession) process(ctx context.Context, list []*upChange, end change.LS
 	if len(list) == 0 {
 		return nil
 	}
-	if len(s.refused) > 0 {
-		for i, c := range list {
-			why, depends := s.dependsOn(c)
-			if !depends {
+	if len(list) > 1 && len(s.refused) == 0 && !s.misfits { // the common case needs no groups
+		out, err := s.try(ctx, list, end, together)
+		if err != nil {
+			return err
+		}
+		if out.committed() {
+			s.accepted(list)
+			return nil
+		}
+		return s.split(ctx, groups(list), out, end)
+	}
+	return s.decide(ctx, groups(list), end)
+}
+
+func (s *upSession) accepted(list []*upChange) {
+	s.u.state.with(func(st *Stats) { st.Accepted += uint64(len(list)) })
+	for _, c := range list {
+		for _, id := range c.links().makes {
+			delete(s.refused, id)
+		}
+	}
+}
+
+// decide decides groups, in order.
+func (s *upSession) decide(ctx context.Context, list []group, end change.LSN) error {
+	if len(list) == 0 {
+		return nil
+	}
+	if len(s.refused) > 0 || s.misfits {
+		for i, g := range list {
+			c, why, err := s.dependsOn(ctx, g)
+			if err != nil {
+				return err
+			}
+			if c == nil {
 				continue
 			}
 			// It falls, but not before those that come before it: they may be changes of the same row.
-			if err := s.process(ctx, list[:i], s.position); err != nil {
+			if err := s.decide(ctx, list[:i], s.position); err != nil {
 				return err
 			}
-			if err := s.refuse(ctx, c, why); err != nil {
+			if err := s.refuse(ctx, g, c, why); err != nil {
 				return err
 			}
-			return s.process(ctx, list[i+1:], end)
+			return s.decide(ctx, list[i+1:], end)
 		}
 	}
-	out, err := s.try(ctx, list, end)
+	all := flat(list)
+	out, err := s.try(ctx, all, end, mannerOf(list...))
 	if err != nil {
 		return err
 	}
 	if out.committed() {
-		s.u.state.with(func(st *Stats) { st.Accepted += uint64(len(list)) })
+		s.accepted(all)
 		return nil
 	}
 	if len(list) == 1 {
 		return s.single(ctx, list[0], out, end)
+	}
+	return s.split(ctx, list, out, end)
+}
+
+// split decides groups that failed together in parts.
+func (s *upSession) split(ctx context.Context, list []group, out outcome, end change.LSN) (err error) {
+	if len(list) == 1 {
+		return s.decide(ctx, list, end)
 	}
 	missed := out.missed
 	if out.short != nil {
@@ -165,134 +262,172 @@ func (s *upSession) process(ctx context.Context, list []*upChange, end change.LS
 	}
 	if len(missed) == 0 { // unknown which: halve
 		half := len(list) / 2
-		if err := s.process(ctx, list[:half], s.position); err != nil {
+		if err := s.decide(ctx, list[:half], s.position); err != nil {
 			return err
 		}
-		return s.process(ctx, list[half:], end)
+		return s.decide(ctx, list[half:], end)
 	}
 	// Decide those that missed one by one, and what is between them as sets, all in their order.
 	from := 0
-	for i, c := range list {
-		if !missed[c] {
+	for i, g := range list {
+		if !slices.ContainsFunc(g, func(c *upChange) bool { return missed[c] }) {
 			continue
 		}
-		if err := s.process(ctx, list[from:i], s.position); err != nil {
+		if err := s.decide(ctx, list[from:i], s.position); err != nil {
 			return err
 		}
-		if err := s.process(ctx, list[i:i+1], s.position); err != nil {
+		if err := s.decide(ctx, list[i:i+1], s.position); err != nil {
 			return err
 		}
 		from = i + 1
 	}
-	return s.process(ctx, list[from:], end)
+	return s.decide(ctx, list[from:], end)
 }
 
-// existing finds the inserts of a unit whose key the source has.
-func (s *upSession) existing(ctx context.Context, un *unit) (map[*upChange]bool, error) {
-	rows, err := s.source.Query(ctx, un.t.statement(formGone, nil), un.t.keyArrays(len(un.list), func(r int) []string { return un.list[r].key })...)
+// existing finds the inserts of a statement whose key the source has.
+func (s *upSession) existing(ctx context.Context, st *stmt) (map[*upChange]bool, error) {
+	rows, err := s.source.Query(ctx, st.t.statement(formGone, nil), st.t.keyArrays(len(st.list), func(r int) []string { return st.list[r].key })...)
 	if err != nil {
-		return nil, fmt.Errorf("look for rows of %s: %w", un.t.FullName(), err)
+		return nil, fmt.Errorf("look for rows of %s: %w", st.t.FullName(), err)
 	}
 	out := map[*upChange]bool{}
 	var i int64
-	_, err = pgx.ForEachRow(rows, []any{&i}, func() error { out[un.list[i-1]] = true; return nil })
+	_, err = pgx.ForEachRow(rows, []any{&i}, func() error { out[st.list[i-1]] = true; return nil })
 	if err != nil {
-		return nil, fmt.Errorf("look for rows of %s: %w", un.t.FullName(), err)
+		return nil, fmt.Errorf("look for rows of %s: %w", st.t.FullName(), err)
 	}
 	return out, nil
 }
 
-// single decides a change that failed alone: all before it are decided, none behind it was tried.
-func (s *upSession) single(ctx context.Context, c *upChange, out outcome, end change.LSN) error {
+// single decides a group that failed alone: all before it are decided, none behind it was tried.
+func (s *upSession) single(ctx context.Context, g group, out outcome, end change.LSN) error {
 	for {
 		if out.committed() {
-			s.u.state.with(func(st *Stats) { st.Accepted++ })
+			s.accepted(g)
 			return nil
 		}
 		if out.refused != nil {
+			c, err := s.culprit(ctx, g, out)
+			if err != nil {
+				return err
+			}
 			why, ok := refusalOf(out.refused)
 			if !ok {
 				return sourceFault(c.t.table, out.refused)
 			}
-			return s.refuse(ctx, c, why)
+			return s.refuseAndGoOn(ctx, g, c, why, end)
+		}
+		for _, c := range g {
+			if why, ok := out.taken[c]; ok {
+				return s.refuseAndGoOn(ctx, g, c, why, end)
+			}
+		}
+		missed := out.missed
+		if missed == nil { // of some rows that are there by now, those that are not are no worse off for being looked at
+			missed = map[*upChange]bool{}
+			for _, c := range out.short.list {
+				missed[c] = true
+			}
 		}
 		// A failed compare-and-set is not yet a conflict: look at who wrote what is there (rule R4).
 		if err := s.barrier(ctx); err != nil {
 			return err
 		}
-		refused, err := s.reconsider(ctx, c)
-		if err != nil || refused {
+		c, why, err := s.reconsider(ctx, g, missed)
+		if err != nil {
 			return err
 		}
-		if out, err = s.try(ctx, []*upChange{c}, end); err != nil {
+		if c != nil {
+			return s.refuseAndGoOn(ctx, g, c, why, end)
+		}
+		if out, err = s.try(ctx, g, end, mannerOf(g)); err != nil {
 			return err
 		}
 	}
 }
 
-// reconsider looks at base after a barrier: it gives the change another expectation, or refuses it.
-func (s *upSession) reconsider(ctx context.Context, c *upChange) (refused bool, err error) {
+// refuseAndGoOn refuses a change of a group with all that fall with it, and decides the others, if any stand.
+func (s *upSession) refuseAndGoOn(ctx context.Context, g group, c *upChange, why refusal, end change.LSN) error {
+	rest, err := s.refuseIn(ctx, g, c, why)
+	if err != nil {
+		return err
+	}
+	return s.decide(ctx, groups(rest), end)
+}
+
+// reconsider looks at base after a barrier: it gives changes that missed another expectation, or names one that is to be refused.
+func (s *upSession) reconsider(ctx context.Context, g group, missed map[*upChange]bool) (bad *upChange, why refusal, err error) {
 	tx, err := s.mirror.Begin(ctx)
 	if err != nil {
-		return false, fmt.Errorf("read base: %w", err)
+		return nil, why, fmt.Errorf("read base: %w", err)
 	}
 	defer rollback(tx)
 	if err := s.holdTerm(ctx, tx); err != nil {
-		return false, err
+		return nil, why, err
 	}
-	// The lock also waits for the change's own merge to become visible.
-	if err := lockTables(ctx, tx, []int{c.t.ID}); err != nil {
-		return false, fmt.Errorf("read base: %w", err)
+	// The locks also wait for the changes' own merge to become visible.
+	if err := lockTables(ctx, tx, g.tables()); err != nil {
+		return nil, why, fmt.Errorf("read base: %w", err)
 	}
-	_, base, err := s.base(ctx, tx, c)
-	if err != nil {
-		return false, err
-	}
-	if c.op == conflict.Delete && base.img == nil && c.rebases < conflict.MaxRebases {
-		// What the change wants is so already, whoever did it. The next try makes sure.
-		c.expect = nil
-		c.rebases++
-		return false, nil
-	}
-	attempt, reason := conflict.Retry(base.writer, base.refused, c.rebases)
-	if attempt == conflict.Rebase {
-		c.expect = c.t.json(base.img)
-		c.rebases++
-		s.u.state.with(func(st *Stats) { st.Rebased++ })
-		return false, nil
-	}
-	why := c.conflicting(reason)
-	if base.writer == conflict.Initial {
-		expected, err := c.t.image(c.expect)
-		if err != nil {
-			return false, err
+	for _, c := range g {
+		if !missed[c] {
+			continue
 		}
-		if equalImages(expected, base.img) {
-			if why, err = s.suppressed(ctx, c); err != nil {
-				return false, err
+		base, err := s.base(ctx, tx, c)
+		if err != nil {
+			return nil, why, err
+		}
+		if c.op == conflict.Delete && base.img == nil && c.rebases < conflict.MaxRebases {
+			// What the change wants is so already, whoever did it. The next try makes sure.
+			c.expect = nil
+			c.rebases++
+			continue
+		}
+		attempt, reason := conflict.Retry(base.writer, base.refused, c.rebases)
+		if attempt == conflict.Rebase {
+			c.expect = c.t.json(base.img)
+			c.rebases++
+			s.u.state.with(func(st *Stats) { st.Rebased++ })
+			continue
+		}
+		why = c.conflicting(reason)
+		if base.writer == conflict.Initial {
+			expected, err := c.t.image(c.expect)
+			if err != nil {
+				return nil, why, err
+			}
+			if equalImages(expected, base.img) {
+				if why, err = s.suppressed(ctx, c); err != nil {
+					return nil, why, err
+				}
 			}
 		}
+		return c, why, nil
 	}
-	return true, s.refuseLocked(ctx, tx, c, why)
+	return nil, why, nil
 }
 
-// base reads what stands beside a change's key in the mirror, and the key's base: its row or, without one, the old image of
-// the first change that has no verdict.
-func (s *upSession) base(ctx context.Context, tx querier, c *upChange) (standing, baseRow, error) {
+// base reads the base of a change's key in the mirror: its row or, without one, the old image of the first change that has no
+// verdict.
+func (s *upSession) base(ctx context.Context, tx querier, c *upChange) (baseRow, error) {
 	keys := [][]string{c.key}
 	at, err := c.t.standings(ctx, tx, keys)
 	if err != nil {
-		return standing{}, baseRow{}, err
+		return baseRow{}, err
 	}
-	first := c.id
-	if n := at[0].first; n > 0 {
-		first = min(first, n)
-	}
-	rows, err := c.t.baseImages(ctx, tx, keys, []int64{first})
+	rows, err := c.t.baseImages(ctx, tx, keys, []int64{firstOf(c, at[0])})
 	if err != nil {
-		return standing{}, baseRow{}, err
+		return baseRow{}, err
 	}
-	return at[0], rows[0], nil
+	return rows[0], nil
+}
+
+// firstOf is the first change without a verdict of a change's key.
+func firstOf(c *upChange, at standing) int64 {
+	if at.first > 0 {
+		return min(c.id, at.first)
+	}
+	return c.id
 }
 
 func equalImages(a, b image) bool {

@@ -18,15 +18,20 @@ type upChange struct {
 	id      int64
 	tbl     int
 	t       *target // nil: not synced any more
+	misfit  string  // why the change has no place in its table as it is now
 	op      conflict.Op
 	key     []string
 	img     map[string]*string
 	old     *string // image of the mirror row that it was made on, as JSON; nil: absent
 	created time.Time
-	tx      int // the mirror transaction that it came with
+	tx      int   // the mirror transaction that it came with
+	stamp   int64 // and its id
+	session int64 // the device's session
+	unit    int64 // atomic unit within the session (rule R8); 0: none
 
 	expect  *string // what it expects at the source: old, until it is rebased
 	rebases int
+	link    *links // see links()
 }
 
 // ledger reads inserts of waystage.change from change data.
@@ -79,6 +84,11 @@ func (l *ledger) change(vals []change.Value, targets map[int]*target) (*upChange
 	}
 	if err := l.types.Scan(pgtype.TextArrayOID, pgtype.TextFormatCode, []byte(must("key")), &c.key); err != nil {
 		return nil, fmt.Errorf("%w: key %q of change %d", change.ErrNotChangeData, must("key"), c.id)
+	}
+	for name, to := range map[string]*int64{"session_id": &c.session, "unit": &c.unit, "stamp": &c.stamp} {
+		if *to, err = strconv.ParseInt(must(name), 10, 64); err != nil {
+			return nil, fmt.Errorf("%w: %s of change %d: %v", change.ErrNotChangeData, name, c.id, err)
+		}
 	}
 	if img := text("img"); img != nil {
 		if c.img, err = jsonValues(*img); err != nil {
@@ -152,8 +162,8 @@ func (c *upChange) values() (cols []int, g image, err error) {
 	return cols, g, nil
 }
 
-// unit is one set statement: changes of one table and form that write the same columns.
-type unit struct {
+// stmt is one set statement: changes of one table and form that write the same columns.
+type stmt struct {
 	t    *target
 	f    form
 	cols []int
@@ -163,20 +173,21 @@ type unit struct {
 }
 
 // place of a change among those of its mirror transaction. A key's k-th change is of round k; within a round rows are
-// written before they are deleted, parents are written before children and deleted after them.
-type place struct{ round, order, rank int }
+// written before they are deleted, what others refer to is written before them and deleted after them.
+type place struct{ round, order, level, rank int }
 
 func (p place) compare(q place) int {
-	return cmp.Or(cmp.Compare(p.round, q.round), cmp.Compare(p.order, q.order), cmp.Compare(p.rank, q.rank))
+	return cmp.Or(cmp.Compare(p.round, q.round), cmp.Compare(p.order, q.order), cmp.Compare(p.level, q.level), cmp.Compare(p.rank, q.rank))
 }
 
 // places of the changes of a list.
 func places(list []*upChange) []place {
 	rounds := map[string]int{}
+	level := levels(list)
 	out := make([]place, len(list))
 	for i, c := range list {
 		k := authorKey(c.t.ID, keyID(c.key))
-		p := place{round: rounds[k], rank: c.t.Rank}
+		p := place{round: rounds[k], level: level[i], rank: c.t.Rank}
 		rounds[k]++
 		switch c.form() {
 		case formInsert:
@@ -200,48 +211,67 @@ func inOrder(list []*upChange) {
 	slices.SortStableFunc(list, func(a, b *upChange) int { return at[a].compare(at[b]) })
 }
 
-// plan sorts changes into statements.
-func plan(list []*upChange) ([]*unit, error) {
-	units := map[string]*unit{}
-	var out []*unit
+// plan sorts changes into statements. What is written alone is compared first, and then written without comparing.
+func plan(list []*upChange, how manner) ([]*stmt, error) {
+	byID := map[string]*stmt{}
+	var first, out []*stmt
+	add := func(to *[]*stmt, c *upChange, f form, cols []int, g image, at place) {
+		id := fmt.Sprint(at, f, c.t.ID, cols)
+		st := byID[id]
+		if st == nil || len(st.list) >= maxStmt {
+			st = &stmt{t: c.t, f: f, cols: cols, at: at}
+			byID[id] = st
+			*to = append(*to, st)
+		}
+		st.list, st.imgs = append(st.list, c), append(st.imgs, g)
+	}
 	at := places(list)
 	for i, c := range list {
 		cols, g, err := c.values()
 		if err != nil {
 			return nil, err
 		}
-		id := fmt.Sprint(at[i], c.form(), c.t.ID, cols)
-		un := units[id]
-		if un == nil || len(un.list) >= maxUnit {
-			un = &unit{t: c.t, f: c.form(), cols: cols, at: at[i]}
-			units[id] = un
-			out = append(out, un)
+		f := c.form()
+		if how != together && at[i].round == 0 {
+			look := formLock
+			if c.expect == nil {
+				look = formGone
+			}
+			add(&first, c, look, nil, nil, place{round: -1})
 		}
-		un.list, un.imgs = append(un.list, c), append(un.imgs, g)
+		if how != together && f == formUpdate {
+			f = formRewrite
+		}
+		if how != together && f == formDelete {
+			// That the row is gone by then is the doing of a cascade of this transaction. But it must be gone after it.
+			add(&out, c, formRemove, nil, nil, at[i])
+			f = formGone
+		}
+		add(&out, c, f, cols, g, at[i])
 	}
-	slices.SortStableFunc(out, func(a, b *unit) int { return a.at.compare(b.at) })
-	return out, nil
+	slices.SortStableFunc(out, func(a, b *stmt) int { return a.at.compare(b.at) })
+	return append(first, out...), nil
 }
 
-// maxUnit bounds a statement: up to this size the source's planner goes by the index without being told to.
-const maxUnit = 500
+// maxStmt bounds a statement: up to this size the source's planner goes by the index without being told to.
+const maxStmt = 500
 
-func (un *unit) args() []any {
-	n := len(un.list)
-	key := func(r int) []string { return un.list[r].key }
-	switch un.f {
-	case formInsert:
-		return columnArrays(un.cols, n, func(r int) image { return un.imgs[r] })
-	case formGone:
-		return un.t.keyArrays(n, key)
+func (st *stmt) args() []any {
+	n := len(st.list)
+	key := func(r int) []string { return st.list[r].key }
+	if st.f == formInsert {
+		return columnArrays(st.cols, n, func(r int) image { return st.imgs[r] })
 	}
-	args := un.t.keyArrays(n, key)
-	if un.f == formUpdate {
-		args = append(args, columnArrays(un.cols, n, func(r int) image { return un.imgs[r] })...)
+	args := st.t.keyArrays(n, key)
+	if st.f == formUpdate || st.f == formRewrite {
+		args = append(args, columnArrays(st.cols, n, func(r int) image { return st.imgs[r] })...)
 	}
-	expect := make([]*string, n)
-	for r, c := range un.list {
-		expect[r] = c.expect
+	if st.f == formUpdate || st.f == formDelete || st.f == formLock {
+		expect := make([]*string, n)
+		for r, c := range st.list {
+			expect[r] = c.expect
+		}
+		args = append(args, expect)
 	}
-	return append(args, expect)
+	return args
 }
