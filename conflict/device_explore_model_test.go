@@ -61,6 +61,15 @@ func (m *deviceModel) next(s dState) []dStep {
 
 // check names what is wrong with a state.
 func (m *deviceModel) check(s dState) string {
+	if led := m.ledgers.all[s.ledger]; m.atomic {
+		for i, v := range led.v[:led.n] {
+			for _, x := range led.v[:i] {
+				if x.dev == v.dev && x.sid == v.sid && x.state != v.state {
+					return "SPLIT: records of one unit have two fates"
+				}
+			}
+		}
+	}
 	for i := range m.devices {
 		d := &m.devs.all[s.dev[i]]
 		var here uint16

@@ -46,6 +46,8 @@ type rules struct {
 	rollbackNewMver     bool // D11: a roll-back gives the base's writer the new version as that of its merge
 	noBaseImage         bool // D13: an old base version is never equal
 	epochIgnored        bool // D13: a request of an older epoch is merged, its device only gets all rows
+	splitUnits          bool // R8: merge rejects the records of a unit one by one
+	splitAtSource       bool // R8: so does the source
 	epochByCursor       bool // D13: base images count in a request with an empty cursor only, not for every version of an old epoch
 }
 
@@ -63,6 +65,7 @@ type deviceScope struct {
 	absent         bool     // the rows do not exist at first
 	noDeletes      bool
 	noUndo         bool
+	atomic         bool // the records of a session are one unit (rule R8)
 	equalValues    bool // all writers choose between the same two values, so images of different authors are equal
 	restore, clone bool // device A is restored from a backup; both devices are copies of one
 	rebuild        bool // the mirror is rebuilt: new epoch, ids from the beginning, no ledger

@@ -44,6 +44,10 @@ var deviceScopes = []deviceScope{
 	{name: "equal values, clones", equalValues: true, clone: true, devices: 2, edits: by(1, 1), sessions: by(2, 2), noDeletes: true, noUndo: true},
 	{name: "equal values, mirror rebuilt", equalValues: true, rebuild: true, edits: by(2, 0), sessions: by(2, 0), foreign: 1, noUndo: true},
 
+	{name: "units of two rows", keys: 2, atomic: true, edits: by(2, 0), sessions: by(3, 0), foreign: 1, noDeletes: true},
+	{name: "units of two rows, two devices", keys: 2, atomic: true, devices: 2, edits: by(1, 1), sessions: by(2, 2), noDeletes: true, noUndo: true},
+	{name: "units of two rows, refused by the source", keys: 2, atomic: true, edits: by(2, 0), sessions: by(2, 0), refusals: 1, foreign: 1, noDeletes: true, noUndo: true},
+
 	// Rules that may as well be otherwise. The device library does the second and the third.
 	{name: "rows first, then the cursor", edits: by(2, 0), sessions: by(3, 0), foreign: 1, rules: rules{tornRows: true}},
 	{name: "merged sets the image", edits: by(2, 0), sessions: by(3, 0), foreign: 2, overlap: 2, rules: rules{mergedSetsImage: true}},
@@ -122,6 +126,10 @@ var brokenDeviceRules = []struct {
 		noDeletes: true, noUndo: true, rules: rules{forkIgnored: true}}},
 	{"NO QUIESCENCE", deviceScope{name: "clones, no nonce", clone: true, devices: 2, edits: by(2, 1), sessions: by(2, 2),
 		noDeletes: true, noUndo: true, rules: rules{noNonce: true}}},
+	{"SPLIT", deviceScope{name: "merge rejects a unit's records one by one", keys: 2, atomic: true, edits: by(2, 0), sessions: by(2, 0), foreign: 1, noDeletes: true,
+		noUndo: true, rules: rules{splitUnits: true}}},
+	{"SPLIT", deviceScope{name: "the source refuses a unit's records one by one", keys: 2, atomic: true, edits: by(2, 0), sessions: by(2, 0), refusals: 1, noDeletes: true,
+		noUndo: true, rules: rules{splitAtSource: true}}},
 	{"FALSE REJECTION", deviceScope{name: "rebuilt, no base image", rebuild: true, edits: by(2, 0), sessions: by(3, 0), foreign: 1,
 		noDeletes: true, noUndo: true, rules: rules{noBaseImage: true}}},
 	{"OVERWRITE", deviceScope{name: "rebuilt, base images count with an empty cursor only", rebuild: true, edits: by(2, 0), sessions: by(3, 0), foreign: 1,

@@ -157,18 +157,36 @@ func (m *deviceModel) merge(s dState, q request) dState {
 	t, _ := set.find(owner, q.sid)
 	again := t.merged > 0
 	led := m.ledgers.all[s.ledger]
-	for _, rec := range c.rec {
+	var effects [2]Effect
+	var members []Member
+	var places []int
+	for i, rec := range c.rec {
+		if rec.img == 0 {
+			continue
+		}
+		effects[i], _ = Merge(m.facts(m.rows.all[s.row[rec.key]], rec, q, c.cursor, s.special == rebuilt))
+		one := Member{Failed: effects[i] == Reject}
+		if m.atomic && !m.splitUnits {
+			one.Unit = 1
+		}
+		members, places = append(members, one), append(places, i)
+	}
+	fell := [2]bool{}
+	for _, f := range Fall(members) {
+		effects[places[f.Member]], fell[places[f.Member]] = Reject, true
+	}
+	for i, rec := range c.rec {
 		if rec.img == 0 {
 			continue
 		}
 		r := m.rows.all[s.row[rec.key]]
-		effect, _ := Merge(m.facts(r, rec, q, c.cursor, s.special == rebuilt))
+		effect := effects[i]
 		v := verdict{dev: owner, sid: q.sid, key: rec.key, state: 'M', stamp: s.tx, img: rec.img}
 		if effect == Reject {
 			if again {
 				m.fail("DOUBLE VERDICT: merged, then rejected when it came again")
 			}
-			if m.falselyRejected(s, r, rec, int(q.dev), led) {
+			if !fell[i] && m.falselyRejected(s, r, rec, int(q.dev), led) {
 				m.fail("FALSE REJECTION: nobody else wrote since the image that it was made on")
 			}
 			v.state = 'R'
@@ -310,6 +328,10 @@ func (m *deviceModel) sourceSteps(s dState) {
 			continue
 		}
 		p := r.pending[0]
+		if m.atomic && !m.splitAtSource {
+			m.unitSteps(s, k, p)
+			continue
+		}
 		led := m.ledgers.all[s.ledger]
 		entry := 0
 		for i, v := range led.v[:led.n] {
@@ -351,6 +373,58 @@ func (m *deviceModel) sourceSteps(s dState) {
 			}
 			step(stepRefused, 'X', m.settled(rest, false, s.tx), to)
 		}
+	}
+}
+
+// unitSteps are the source's verdicts on an atomic unit: one for all its records, when each is the first of its row.
+func (m *deviceModel) unitSteps(s dState, k int, p pendingChange) {
+	ok := true
+	var keys []int
+	for j := range m.keys {
+		r := m.rows.all[s.row[j]]
+		for i, x := range r.pending[:r.pendings] {
+			if x.dev != p.dev || x.sid != p.sid {
+				continue
+			}
+			if j < k || i > 0 {
+				return // the other key's turn, or not its turn yet
+			}
+			keys = append(keys, j)
+			ok = ok && m.seen(x.img, r.base.img)
+		}
+	}
+	decide := func(kind stepKind, state byte, to dState) {
+		led := m.ledgers.all[s.ledger]
+		for _, j := range keys {
+			r := m.rows.all[s.row[j]]
+			x := r.pending[0]
+			copy(r.pending[:], r.pending[1:])
+			r.pending[len(r.pending)-1] = pendingChange{}
+			r.pendings--
+			if state == 'A' && (m.image(x.img).alive() || m.image(r.base.img).alive()) {
+				r.base = rowBase{x.img, writerOf(x), x.told, r.base.writer.After(true)}
+			}
+			to.row[j] = m.rows.id(m.settled(r, state == 'A', s.tx))
+			for i, v := range led.v[:led.n] {
+				if v.dev == x.dev && v.sid == x.sid && v.key == uint8(j) && v.img == x.img {
+					led.v[i].state, led.v[i].stamp = state, s.tx
+					break
+				}
+			}
+		}
+		to.ledger = m.ledgers.id(led)
+		to.tx++
+		m.emit(dStep{kind: kind, key: uint8(k), img: p.img}, to)
+	}
+	if ok {
+		decide(stepApplied, 'A', s)
+	}
+	if s.refusals < m.refusals || !ok && m.refusals > 0 {
+		to := s
+		if ok {
+			to.refusals++
+		}
+		decide(stepRefused, 'X', to)
 	}
 }
 
