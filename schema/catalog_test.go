@@ -271,3 +271,42 @@ func TestConfig(t *testing.T) {
 		t.Error("a broken connection string was taken")
 	}
 }
+
+// A renamed label or another attribute changes the text of rows that did not change; a new label does not.
+func TestReshapedTypes(t *testing.T) {
+	ctx := testContext(t)
+	conn := connect(t, pgtest.Source(t))
+	exec(t, conn, "CREATE SCHEMA s", "CREATE TYPE s.mood AS ENUM ('sad', 'ok')", "CREATE TYPE s.pair AS (n int, m s.mood)",
+		"CREATE DOMAIN s.moods AS s.mood[]", "CREATE TABLE s.t (id int PRIMARY KEY, a s.mood, b s.moods, c s.pair[])")
+	read := func() *Table {
+		t.Helper()
+		tables, problems, err := ReadTables(ctx, conn, []string{"s.t"})
+		if err != nil || len(tables) != 1 {
+			t.Fatal(problems, err)
+		}
+		return tables[0]
+	}
+	before := read()
+	for _, step := range []struct {
+		sql     string
+		columns []string
+	}{
+		{"ALTER TYPE s.mood ADD VALUE 'new' BEFORE 'sad'", nil},
+		{"ALTER TYPE s.mood RENAME VALUE 'ok' TO 'well'", []string{"a", "b", "c"}},
+		{"ALTER TYPE s.mood RENAME VALUE 'well' TO 'ok'", nil},
+		{"ALTER TYPE s.pair RENAME ATTRIBUTE n TO k", []string{"c"}},
+	} {
+		exec(t, conn, step.sql)
+		now := read()
+		var changed []string
+		for i := range now.Columns {
+			if now.Columns[i].reshaped(&before.Columns[i]) != "" {
+				changed = append(changed, now.Columns[i].Name)
+			}
+		}
+		equal(t, changed, step.columns)
+		if (len(now.changedSince(before)) > 0) != (step.columns != nil) {
+			t.Errorf("%s: set-up says %v", step.sql, now.changedSince(before))
+		}
+	}
+}

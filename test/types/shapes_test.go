@@ -119,7 +119,12 @@ func TestEveryShape(t *testing.T) {
 		`CREATE TABLE shapes.filled (id int PRIMARY KEY, n bigint GENERATED ALWAYS AS IDENTITY, s serial, at timestamptz NOT NULL DEFAULT clock_timestamp(),
 			u uuid NOT NULL DEFAULT gen_random_uuid(), k int NOT NULL DEFAULT 7, free int DEFAULT 8, note text)`,
 		"INSERT INTO shapes.filled (id) VALUES (1)",
+		"CREATE TABLE shapes.computed (id int PRIMARY KEY, a int, double int GENERATED ALWAYS AS (a * 2) STORED, b text)",
+		"INSERT INTO shapes.computed VALUES (1, 1, DEFAULT, 'copied')",
 	)
+	if major >= 18 {
+		setup = append(setup, "ALTER TABLE shapes.computed ADD COLUMN half int GENERATED ALWAYS AS (a / 2) VIRTUAL")
+	}
 	for _, identity := range []string{"DEFAULT", "FULL", "USING INDEX toast_using_pkey"} {
 		name := "toast_" + strings.ToLower(strings.Fields(identity)[0])
 		setup = append(setup, fmt.Sprintf("CREATE TABLE shapes.%s (id int PRIMARY KEY, external text, compressed text, list text[], doc jsonb, n int)", name),
@@ -172,6 +177,9 @@ func TestEveryShape(t *testing.T) {
 	r.on(r.a, "INSERT INTO filled (id, note, free) VALUES (2, 'left empty', NULL)")
 	r.on(r.b, "INSERT INTO filled (id, n, s, at, u, k, note) VALUES (3, 99, 98, '2020-01-01 00:00:00+00', '00000000-0000-0000-0000-000000000001', 6, 'given')")
 	r.on(r.a, "UPDATE filled SET note = 'edited' WHERE id = 1")
+	r.at("INSERT INTO shapes.computed VALUES (2, 2, DEFAULT, 'streamed')")
+	r.on(r.a, "UPDATE computed SET a = 21 WHERE id = 1")
+	r.on(r.b, "INSERT INTO computed (id, a, b) VALUES (3, 3, 'by b')")
 	for _, name := range []string{"toast_default", "toast_full", "toast_using"} {
 		r.at(fmt.Sprintf("UPDATE shapes.%s SET n = n + 1 WHERE id < 3", name), fmt.Sprintf("UPDATE shapes.%s SET id = 4 WHERE id = 1", name),
 			fmt.Sprintf("UPDATE shapes.%s SET compressed = 'short' WHERE id = 4", name))
@@ -197,6 +205,7 @@ func TestEveryShape(t *testing.T) {
 		"SELECT string_agg(id::text, ',' ORDER BY id) FROM shapes.always":                              "7,100",
 		"SELECT count(*)::text FROM shapes.filled WHERE id = 2 AND k = 7 AND free IS NULL":             "1",
 		"SELECT n || ' ' || s || ' ' || k FROM shapes.filled WHERE id = 3":                             "99 98 6",
+		"SELECT string_agg(double::text, ',' ORDER BY id) FROM shapes.computed":                        "42,4,6",
 		"SELECT tableoid::regclass::text FROM part.list WHERE id = 31":                                 "part.list_eu",
 		"SELECT tableoid::regclass::text FROM part.list WHERE id = 30":                                 "part.list_rest",
 		"SELECT note FROM part.list WHERE id = 6":                                                      "by a",
