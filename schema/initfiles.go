@@ -63,6 +63,7 @@ version: 1
 #     select patient_id from public.assignment where nurse = :user and region = :user.region
 #   direction: two-way          or download-only, upload-only
 #   allow:     [insert, update, delete]
+#   reject:    record           or transaction: what a device did in one transaction is accepted or rejected whole
 # In rows, :user is the user's name and :user.x the user's attribute x, both text: cast where needed (:user::int).
 # Write tables with their schema. A table that only a rows query needs must have a subscription, too, but need
 # not be in a set.
