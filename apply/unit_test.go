@@ -303,3 +303,24 @@ func TestSourceFillsInDefaults(t *testing.T) {
 		}
 	}
 }
+
+// A unit with a record of a table that is stopped waits whole; what is beside it goes on.
+func TestUnitWaitsWholeForAStoppedTable(t *testing.T) {
+	r, _ := newDDLRig(t)
+	r.start(allWorkers...)
+	r.exec(r.source, "ALTER TABLE a DROP COLUMN w")
+	r.foreign("UPDATE a SET v = 'uno' WHERE id = 1")
+	r.eventually("the table stops", func() bool { return r.stopCode("public.a") != "" })
+	ids := r.merge(append(unit(1, setCol("public.b", "1", "v", "with a"), setCol("public.a", "2", "v", "x")), ins("public.b", "5", map[string]any{"v": "alone"}))...)
+	later := r.merge(setCol("public.b", "1", "v", "on top"), setCol("public.b", "5", "v", "again"))
+	r.eventually("what is beside it goes on", func() bool { return r.verdict(ids[2]) == "applied" && r.verdict(later[1]) == "applied" })
+	r.wantVerdicts(append(ids[:2:2], later[0]), "merged", "merged", "merged")
+	r.stop("up") // and once more from where they are parked
+	r.start("up")
+	last := r.merge(ins("public.b", "6", map[string]any{"v": "last"}))
+	r.eventually("up goes on", func() bool { return r.verdict(last[0]) == "applied" })
+	r.wantVerdicts(append(ids[:2:2], later[0]), "merged", "merged", "merged")
+	if got := r.text(r.mirror, "SELECT string_agg(change_id::text, ' ' ORDER BY change_id) FROM waystage.parked"); got != fmt.Sprint(ids[0], " ", ids[1], " ", later[0]) {
+		t.Errorf("parked: %s, want %d %d %d", got, ids[0], ids[1], later[0])
+	}
+}
