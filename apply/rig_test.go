@@ -526,7 +526,7 @@ func (r *rig) diff(name string) string {
 	for _, c := range t.Columns {
 		texts = append(texts, schema.Column{MirrorType: c.Type}.Text(schema.Quote(c.Name)))
 		if c.Type == c.MirrorType {
-			images = append(images, schema.Quote(c.Name))
+			images = append(images, schema.Quote(c.Name)+"::"+c.MirrorType) // a domain has a type of its own
 		}
 	}
 	sql := "SELECT ARRAY[" + strings.Join(texts, ", ") + "]::text[]::text || md5(record_send(ROW(" + strings.Join(images, ", ") + "))::text) FROM " + t.Ident() + " ORDER BY 1"

@@ -2,7 +2,6 @@ package schema
 
 import (
 	"context"
-	"fmt"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -30,25 +29,6 @@ func (s *setup) newColumns(ctx context.Context, tables []*Table) (out []newColum
 		}
 	}
 	return out, nil
-}
-
-// emptyColumns refuses columns that are new at the source and already filled: adding one emits no row, so the mirror would
-// never get the values.
-func (s *setup) emptyColumns(ctx context.Context, columns []newColumn) error {
-	var problems []Problem
-	for _, c := range columns {
-		var filled bool
-		err := s.source.QueryRow(ctx, "SELECT EXISTS (SELECT 1 FROM "+c.table.Own()+" WHERE "+Quote(c.column)+" IS NOT NULL)").Scan(&filled)
-		if err != nil {
-			return err
-		}
-		if filled {
-			problems = append(problems, Problem{Table: c.table.FullName(), Message: fmt.Sprintf("column %q is new at the source and already has values, which its "+
-				"change stream does not carry", c.column), Remedy: recopyRemedy})
-		}
-	}
-	_, err := Refusing(problems)
-	return err
 }
 
 // The seats of the appliers, as the leader election has them (an advisory lock's two keys).

@@ -19,6 +19,7 @@ type copier struct {
 	*setup
 	run      string // fences the chunks, see stillOurs
 	snapshot string
+	side     bool // into side tables, see sideTable
 
 	mu   sync.Mutex
 	done map[*Table]*tally
@@ -206,7 +207,11 @@ func (c *copier) chunk(ctx context.Context, src *pgconn.PgConn, dst *pgx.Conn, c
 		where += fmt.Sprintf(" AND ctid < '(%d,0)'", ch.to)
 	}
 	from := "COPY (SELECT " + quoteAll(names) + " FROM ONLY " + ch.heap + where + ") TO STDOUT"
-	to := "COPY " + ch.table.Ident() + " (" + quoteAll(names) + ") FROM STDIN"
+	into := ch.table.Ident()
+	if c.side {
+		into = ch.table.sideTable()
+	}
+	to := "COPY " + into + " (" + quoteAll(names) + ") FROM STDIN"
 	err = pgx.BeginFunc(ctx, dst, func(tx pgx.Tx) error {
 		if err := stillOurs(ctx, tx, c.run, "FOR SHARE"); err != nil {
 			return err

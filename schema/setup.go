@@ -1,6 +1,7 @@
 package schema
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -95,6 +96,7 @@ type setup struct {
 	mirror   *pgx.Conn // holds the set-up lock
 	result   SetupResult
 	identity map[string]string // meta key -> what the servers say now
+	kept     []string          // tables that stay as the mirror has them, see keepStopped
 }
 
 func (s *setup) run(ctx context.Context) (err error) {
@@ -136,7 +138,7 @@ func (s *setup) run(ctx context.Context) (err error) {
 	if s.result.Epoch, err = s.ensureEpoch(ctx); err != nil {
 		return err
 	}
-	if err := s.readDefinitions(ctx); err != nil {
+	if err := s.readDefinitions(ctx, state == "done"); err != nil {
 		return err
 	}
 	if state == "done" {
@@ -194,7 +196,7 @@ func (s *setup) ensureEpoch(ctx context.Context) (string, error) {
 }
 
 // readDefinitions holds the definitions against the source.
-func (s *setup) readDefinitions(ctx context.Context) error {
+func (s *setup) readDefinitions(ctx context.Context, running bool) error {
 	names := s.Definitions.TableNames()
 	if len(names) == 0 {
 		return &ProblemsError{[]Problem{{File: s.Definitions.File, Message: "no subscription is defined, so there is nothing to sync",
@@ -204,9 +206,70 @@ func (s *setup) readDefinitions(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if running {
+		if tables, problems, err = s.keepStopped(ctx, tables, problems); err != nil {
+			return err
+		}
+	}
 	s.result.Tables, s.result.Definitions = tables, s.Definitions
-	s.result.Warnings, err = Refusing(append(problems, s.Definitions.Check(tables)...))
+	warnings, err := Refusing(append(problems, s.Definitions.Check(tables)...))
+	s.result.Warnings = append(s.result.Warnings, warnings...)
 	return err
+}
+
+// keepStopped puts tables that the source has altered so that they cannot go on, and those that have got columns with values,
+// back to what the mirror has of them: they are stopped, or go on without the columns, and the server starts for all others.
+func (s *setup) keepStopped(ctx context.Context, tables []*Table, problems []Problem) ([]*Table, []Problem, error) {
+	found, err := Inspect(ctx, s.source, s.mirror, s.Definitions.TableNames())
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, i := range found {
+		if i.Stored == nil || i.Action == ActRefresh || i.Action == ActRemove {
+			continue
+		}
+		_, stops := i.stops()
+		if !stops && i.Stopped == "" {
+			filled, err := s.filled(ctx, i)
+			if err != nil {
+				return nil, nil, err
+			}
+			if !filled {
+				continue
+			}
+			s.result.Warnings = append(s.result.Warnings, Problem{Table: i.Table, Warning: true, Remedy: "waystage schema apply",
+				Message: "has new columns with values, which are not synced yet: the change stream does not carry them"})
+		}
+		layout, err := Layout(ctx, s.mirror)
+		if err != nil {
+			return nil, nil, err
+		}
+		if err := actAlone(ctx, s.mirror, layout, i, s.log); err != nil {
+			return nil, nil, err
+		}
+		problems = slices.DeleteFunc(problems, func(p Problem) bool { return p.Table == i.Table })
+		tables = append(slices.DeleteFunc(tables, func(t *Table) bool { return t.FullName() == i.Table }), i.Stored)
+		s.kept = append(s.kept, i.Table)
+	}
+	slices.SortStableFunc(tables, func(a, b *Table) int {
+		return cmp.Or(cmp.Compare(a.Rank, b.Rank), cmp.Compare(a.FullName(), b.FullName()))
+	})
+	return tables, problems, nil
+}
+
+// filled tells whether a new column has values already: adding it emitted no row.
+func (s *setup) filled(ctx context.Context, i *Inspection) (bool, error) {
+	for _, c := range i.Live.Columns {
+		if has(i.Stored, c.Name) {
+			continue
+		}
+		var filled bool
+		err := s.source.QueryRow(ctx, "SELECT EXISTS (SELECT 1 FROM "+i.Live.Own()+" WHERE "+Quote(c.Name)+" IS NOT NULL)").Scan(&filled)
+		if err != nil || filled {
+			return filled, err
+		}
+	}
+	return false, nil
 }
 
 // fresh makes the first copy, or makes it again when the last one did not get to its end.
@@ -273,11 +336,15 @@ func (s *setup) finish(ctx context.Context, run, down string) error {
 	if _, err := s.source.Exec(ctx, "UPDATE waystage.progress SET position = $2 WHERE epoch = $1 AND seq = 0", epoch, up); err != nil {
 		return fmt.Errorf("progress at the source: %w", err)
 	}
+	publication, err := publicationID(ctx, s.source, PublicationDown)
+	if err != nil {
+		return err
+	}
 	err = pgx.BeginFunc(ctx, s.mirror, func(tx pgx.Tx) error {
 		if err := stillOurs(ctx, tx, run, "FOR UPDATE"); err != nil {
 			return err
 		}
-		for key, value := range map[string]string{"copy": "done", "source_system": s.identity["source_system"], "mirror_system": s.identity["mirror_system"]} {
+		for key, value := range map[string]string{"copy": "done", metaPublication: publication, "source_system": s.identity["source_system"], "mirror_system": s.identity["mirror_system"]} {
 			if err := writeMeta(ctx, tx, key, value); err != nil {
 				return err
 			}
@@ -347,8 +414,14 @@ func (s *setup) empty(ctx context.Context, run string) error {
 				}
 			}
 		}
-		_, err = tx.Exec(ctx, "UPDATE waystage.synced_table SET copied = false")
-		return err
+		if _, err := tx.Exec(ctx, "TRUNCATE waystage.parked, waystage.deferred"); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `UPDATE waystage.synced_table SET copied = false, stopped_code = NULL, stopped_detail = '', stopped_at = NULL,
+			stopped_position = NULL, floor = NULL, copying = false, emptied = false`); err != nil {
+			return err
+		}
+		return moveLayout(ctx, tx)
 	})
 }
 
@@ -418,11 +491,17 @@ func (s *setup) resume(ctx context.Context) error {
 	}
 	var old, added []*Table
 	for _, t := range s.result.Tables {
-		if slices.Contains(copied, t.FullName()) {
+		switch {
+		case slices.Contains(s.kept, t.FullName()):
+		case slices.Contains(copied, t.FullName()):
 			old = append(old, t)
-		} else {
+		default:
 			added = append(added, t)
 		}
+	}
+	before, err := s.definitionsInMirror(ctx)
+	if err != nil {
+		return err
 	}
 	if err := s.published(ctx, old); err != nil {
 		return err
@@ -438,9 +517,6 @@ func (s *setup) resume(ctx context.Context) error {
 		}
 		defer s.leaveSeats(ctx)
 	}
-	if err := s.emptyColumns(ctx, columns); err != nil {
-		return err
-	}
 	if err := EnsureMirror(ctx, s.mirror, s.result.Tables, s.Definitions); err != nil {
 		return err
 	}
@@ -452,8 +528,21 @@ func (s *setup) resume(ctx context.Context) error {
 			return fmt.Errorf("add tables: %w", err)
 		}
 	}
-	_, err = SaveDefinitions(ctx, s.mirror, s.Definitions)
-	return err
+	if _, err = SaveDefinitions(ctx, s.mirror, s.Definitions); err != nil {
+		return err
+	}
+	after, err := s.definitionsInMirror(ctx)
+	if err != nil || after == before {
+		return err
+	}
+	return moveLayout(ctx, s.mirror) // other servers take it over
+}
+
+// definitionsInMirror stands for the tables and the definitions in force.
+func (s *setup) definitionsInMirror(ctx context.Context) (sum string, err error) {
+	err = s.mirror.QueryRow(ctx, `SELECT md5((SELECT coalesce(string_agg(definition::text, ',' ORDER BY id), '') FROM waystage.synced_table)
+		|| (SELECT coalesce(max(version), 0)::text FROM waystage.definition))`).Scan(&sum)
+	return sum, err
 }
 
 func tableIDs(tables []*Table) []int32 {

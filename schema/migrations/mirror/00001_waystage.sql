@@ -166,7 +166,7 @@ CREATE TABLE waystage.change (
     -- The catalogue of reasons is closed: docs/rejects.md has them all.
     code        text CHECK (code IN ('stale_version', 'row_deleted', 'row_exists', 'unknown_table', 'unknown_column', 'invalid_value', 'missing_key',
         'key_change', 'not_subscribed', 'operation_not_allowed', 'duplicate_row', 'row_too_big', 'invalid_record',
-        'source_constraint', 'source_trigger', 'source_conflict', 'source_value', 'source_permission', 'dependency_rejected', 'transaction_rejected')),
+        'source_constraint', 'source_trigger', 'source_conflict', 'source_value', 'source_permission', 'dependency_rejected', 'transaction_rejected', 'schema_changed', 'epoch')),
     detail      text,
     constraint_name text,
     winner      text,                           -- who wrote what stood there: 'source' or 'user/device'
