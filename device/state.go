@@ -290,18 +290,19 @@ func (d *Device) transact(ctx context.Context, begin string, fn func(*txn) error
 		return err
 	}
 	known = true
+	done := false
+	defer func() {
+		if !done {
+			t.close()
+			// Even if beginning failed: a driver whose context ends while a statement runs says so although it has run.
+			_, _ = conn.ExecContext(after, "ROLLBACK")
+		}
+	}()
 	for _, p := range []string{"PRAGMA foreign_keys=OFF", "PRAGMA synchronous=" + d.durability, begin} {
 		if _, err := conn.ExecContext(ctx, p); err != nil {
 			return err
 		}
 	}
-	done := false
-	defer func() {
-		if !done {
-			t.close()
-			_, _ = conn.ExecContext(after, "ROLLBACK")
-		}
-	}()
 	if err := fn(t); err != nil {
 		return err
 	}
