@@ -251,8 +251,10 @@ func (h *history) build() {
 		h.must(u.start())
 	}
 	for _, u := range h.devices {
-		_, err := u.until(func(a answer) bool { return a.Ready })
-		h.must(err)
+		if _, err := u.until(func(a answer) bool { return a.Ready }); err != nil {
+			b, _ := os.ReadFile(u.log)
+			h.t.Fatalf("%s at its first sync: %v: %s", u.task.Name, err, b)
+		}
 	}
 }
 
