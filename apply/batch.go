@@ -65,6 +65,7 @@ type batch struct {
 	locked   bool       // all tables are locked
 
 	rows      int // since the last flush
+	bytes     int // of their values
 	upSeq     int64
 	committed time.Time
 	txs       int
@@ -145,7 +146,10 @@ func (b *batch) event(ctx context.Context, ev *change.Event) error {
 	}
 	b.rows++
 	b.applied++
-	if b.rows >= b.d.cfg.FlushRows {
+	for _, v := range ev.New {
+		b.bytes += len(v.Text)
+	}
+	if b.rows >= b.d.cfg.FlushRows || b.bytes >= flushBytes {
 		return b.flush(ctx, false)
 	}
 	return nil
@@ -377,7 +381,7 @@ func (b *batch) flush(ctx context.Context, last bool) error {
 		}
 	}
 	clear(b.tables)
-	b.rows = 0
+	b.rows, b.bytes = 0, 0
 	return nil
 }
 

@@ -239,7 +239,7 @@ func TestRandomChangesConverge(t *testing.T) {
 }
 
 // Workers are stopped, and their connections cut, at any moment under load.
-func TestKilledAtAnyMoment(t *testing.T) {
+func TestHazardKilledAtAnyMoment(t *testing.T) {
 	r := newRig(t, arena, arenaTables...)
 	r.start(allWorkers...)
 	seed := rand.Uint64()
@@ -284,7 +284,7 @@ func TestKilledAtAnyMoment(t *testing.T) {
 }
 
 // An up worker that was overtaken without noticing writes nothing any more.
-func TestZombieIsFenced(t *testing.T) {
+func TestHazardZombie(t *testing.T) {
 	r := newRig(t, notes, "public.note")
 	r.start(allWorkers...)
 	first := r.merge(upd("public.note", "1", map[string]any{"body": "one"}))[0]

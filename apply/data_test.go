@@ -75,55 +75,8 @@ func TestValuesArriveByteForByte(t *testing.T) {
 	r.wantVerdict(id, "refused source_value")
 }
 
-// Changed keys, TRUNCATE, and out-of-line values that the server does not send again, with and without pending changes.
-func TestKeysTruncateAndOutOfLineValues(t *testing.T) {
-	r := newRig(t, `
-		CREATE TABLE doc (id int PRIMARY KEY, big text, n int);
-		ALTER TABLE doc ALTER big SET STORAGE EXTERNAL;
-		CREATE TABLE full_doc (id int PRIMARY KEY, big text, n int);
-		ALTER TABLE full_doc ALTER big SET STORAGE EXTERNAL;
-		ALTER TABLE full_doc REPLICA IDENTITY FULL;
-		INSERT INTO doc SELECT i, repeat('0123456789', 1000) || i, i FROM generate_series(1, 10) i;
-		INSERT INTO full_doc SELECT * FROM doc`, "public.doc", "public.full_doc")
-	r.start(allWorkers...)
-	for _, tbl := range []string{"doc", "full_doc"} {
-		r.foreign("UPDATE "+tbl+" SET n = 100 WHERE id = 1", "UPDATE "+tbl+" SET n = 101, id = 11 WHERE id = 1", "UPDATE "+tbl+" SET n = 102 WHERE id = 11",
-			"UPDATE "+tbl+" SET id = 12 WHERE id = 2", "INSERT INTO "+tbl+" VALUES (2, 'small', 0)", "UPDATE "+tbl+" SET id = id + 100 WHERE id IN (3, 4)", "DELETE FROM "+tbl+" WHERE id = 103")
-	}
-	r.settled()
-	// A pending change, and a foreign one that does not send the out-of-line value.
-	r.stop("up")
-	ids := r.merge(upd("public.doc", "5", map[string]any{"n": "1"}), upd("public.full_doc", "5", map[string]any{"n": "1"}),
-		upd("public.doc", "6", map[string]any{"n": "1"}), upd("public.doc", "7", map[string]any{"n": "1"}), upd("public.doc", "8", map[string]any{"big": "short"}))
-	for _, tbl := range []string{"doc", "full_doc"} {
-		r.foreign("UPDATE " + tbl + " SET n = 500 WHERE id = 5")
-	}
-	r.foreign("UPDATE doc SET id = 60 WHERE id = 6") // moves a row whose image is known to base only
-	r.foreign("UPDATE doc SET n = 70 WHERE id = 7", "DELETE FROM doc WHERE id = 7", "INSERT INTO doc VALUES (7, 'again', 7)")
-	r.eventually("base has the foreign images", func() bool {
-		return r.text(r.mirror, "SELECT count(*)::text FROM waystage.base WHERE writer = 'foreign'") == "4"
-	})
-	if got := r.text(r.mirror, "SELECT min(length(img->>'big'))::text FROM waystage.base WHERE key = '{5}'"); got != "10001" {
-		t.Errorf("base of a row with an unchanged out-of-line value: %s", got)
-	}
-	r.start("up")
-	r.settled()
-	for i, want := range []string{"refused source_conflict", "refused source_conflict", "refused source_conflict", "refused source_conflict", "applied"} {
-		r.wantVerdict(ids[i], want)
-	}
-	r.stop("up")
-	ids = r.merge(upd("public.doc", "9", map[string]any{"n": "9"}), del("public.doc", "10"), ins("public.doc", "77", map[string]any{"n": "1"}))
-	r.foreign("TRUNCATE doc, full_doc", "INSERT INTO doc VALUES (10, 'new', 1)", "INSERT INTO full_doc VALUES (1, 'new', 1)")
-	r.foreign("INSERT INTO doc VALUES (11, 'x', 1)", "TRUNCATE doc", "INSERT INTO doc VALUES (12, 'x', 1)")
-	r.start("up")
-	r.settled()
-	for i, want := range []string{"refused source_conflict", "applied", "applied"} {
-		r.wantVerdict(ids[i], want)
-	}
-}
-
 // A transaction far larger than what is held in memory, foreign and from a device, cut into many parts.
-func TestBigTransactionInParts(t *testing.T) {
+func TestHazardTransactionInParts(t *testing.T) {
 	const rows = 20000
 	r := newRig(t, `CREATE TABLE big (id int PRIMARY KEY, a text, b int); CREATE TABLE other (id int PRIMARY KEY, v int)`, "public.big", "public.other")
 	r.capCfg = func(c *capture.Config) { c.MessageBytes = 16 << 10 }
@@ -163,7 +116,7 @@ func TestBigTransactionInParts(t *testing.T) {
 }
 
 // The queue may lose, double, cut and reorder: capture makes it again, apply takes every transaction once.
-func TestQueueLosesAndDoubles(t *testing.T) {
+func TestHazardQueueLosesAndDoubles(t *testing.T) {
 	r := newRig(t, notes, "public.note")
 	fault := func() func(*change.Message) int {
 		n := 0 // a queue calls it under its lock

@@ -20,6 +20,7 @@ const (
 	DefaultBatchRows = 5000
 	DefaultHoldBytes = 64 << 20
 	DefaultLinger    = 5 * time.Millisecond
+	flushBytes       = 4 << 20
 )
 
 // DownConfig of a Down.
@@ -29,7 +30,7 @@ type DownConfig struct {
 	Changes   Changes
 	Log       *zap.Logger
 	BatchRows int           // a mirror transaction is committed when it has this many rows; 0: DefaultBatchRows
-	FlushRows int           // rows held in memory at most; 0: BatchRows
+	FlushRows int           // rows held in memory at most, and 4 MiB of values; 0: BatchRows
 	HoldBytes int           // change data of one transaction that the queue keeps until it is committed; 0: DefaultHoldBytes
 	Linger    time.Duration // how long a batch waits for more while data flows; 0: DefaultLinger
 	Silence   time.Duration // a commit of a session that is to end is waited for so long; 0: DefaultSilence

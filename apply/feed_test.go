@@ -64,7 +64,7 @@ func runOf(t *rapid.T, name string, start change.LSN, ends []change.LSN, rows []
 
 // Whatever the queue loses, doubles or moves, and however many captures have written: every transaction is handed on once,
 // whole and in order, or the gap is reported.
-func TestFeedNeverSkipsOrRepeats(t *testing.T) {
+func TestHazardReplay(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		var ends []change.LSN
 		var rows []int

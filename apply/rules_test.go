@@ -30,7 +30,7 @@ func (r *rig) wantVerdict(id int64, want string) {
 }
 
 // Rule R4: what our own transactions do at the source besides what they carry is no conflict.
-func TestOwnSideEffectsAreNoConflict(t *testing.T) {
+func TestHazardTriggers(t *testing.T) {
 	r := newRig(t, `
 		CREATE TABLE before (id int PRIMARY KEY, name text, updated int DEFAULT 0);
 		CREATE TABLE after (id int PRIMARY KEY, name text, n int DEFAULT 0);
@@ -119,7 +119,7 @@ func (q *memQueue) count() int {
 }
 
 // What the source refuses comes back with the database's own reason, alone, and the mirror row becomes base.
-func TestSourceRefuses(t *testing.T) {
+func TestHazardRefusalWithoutForeignChange(t *testing.T) {
 	r := newRig(t, `
 		CREATE TYPE mood AS ENUM ('sad', 'happy');
 		CREATE DOMAIN percent AS int CONSTRAINT percent_range CHECK (VALUE BETWEEN 0 AND 100);
@@ -212,7 +212,7 @@ func TestSourceRefuses(t *testing.T) {
 }
 
 // Rules R3 and R4: what somebody else did to the row meanwhile is never overwritten.
-func TestForeignChangeWins(t *testing.T) {
+func TestHazardForeignChangeMeanwhile(t *testing.T) {
 	r := newRig(t, notes+`; CREATE TABLE parent (id int PRIMARY KEY, v int); CREATE TABLE child (id int PRIMARY KEY, parent int REFERENCES parent, v int)`,
 		"public.note", "public.parent", "public.child")
 	var ids []int64
@@ -301,7 +301,7 @@ func TestOneByOneKeepsToForeignKeys(t *testing.T) {
 }
 
 // Only a transaction that begins with the move of our own progress row is ours.
-func TestForeignWritesToProgressAreForeign(t *testing.T) {
+func TestHazardSpoofedMarker(t *testing.T) {
 	r := newRig(t, notes, "public.note")
 	id := r.merge(upd("public.note", "1", map[string]any{"body": "mine"}))[0]
 	r.exec(r.source, "INSERT INTO waystage.progress (epoch, seq, position) VALUES ('another', 0, '0/0')")

@@ -121,4 +121,11 @@ var Canonical = map[string]string{
 	"search_path":        "",
 	"client_encoding":    "UTF8",
 	"lc_monetary":        "C",
+	// These decide how values are read.
+	"array_nulls":                 "on",
+	"xmloption":                   "content",
+	"standard_conforming_strings": "on",
+	"transform_null_equals":       "off",
+	"row_security":                "on",
+	"quote_all_identifiers":       "off", // and this how types are named
 }

@@ -27,6 +27,7 @@ const (
 	Pass     Verdict = iota
 	CutAfter         // pass them to the server, which acts upon them, but its answer is lost: the client's end is closed
 	CutNow           // close both ends without passing them
+	HoldNow          // hold the direction, these bytes first
 )
 
 // Proxy forwards TCP connections to one server. It is safe for concurrent use.
@@ -173,19 +174,28 @@ func (p *Proxy) drop(c *pair) {
 	p.closePair(c)
 }
 
+// wait returns when a direction is open, or the connection closed. The news of an end stays away too.
+func (p *Proxy) wait(c *pair, d Direction) {
+	for p.held[d] && !c.closed {
+		p.moved.Wait()
+	}
+}
+
 // pump forwards one direction until it ends, and tells by what verdict.
 func (p *Proxy) pump(c *pair, d Direction, from io.Reader, to io.Writer) Verdict {
 	buf := make([]byte, 64<<10)
 	for {
 		n, err := from.Read(buf)
 		p.mu.Lock()
-		for p.held[d] && !c.closed { // also the news of an end stays away
-			p.moved.Wait()
+		p.wait(c, d)
+		verdict := Pass
+		if p.judge != nil && n > 0 && !c.closed {
+			if verdict = p.judge(d, buf[:n]); verdict == HoldNow {
+				p.held[d] = true
+				p.wait(c, d)
+			}
 		}
-		verdict, closed := Pass, c.closed
-		if p.judge != nil && n > 0 && !closed {
-			verdict = p.judge(d, buf[:n])
-		}
+		closed := c.closed
 		p.mu.Unlock()
 		if closed || verdict == CutNow {
 			return CutNow

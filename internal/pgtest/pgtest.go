@@ -14,6 +14,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -178,7 +179,9 @@ func start(dir string, params map[string]string) (*pgcluster.Cluster, error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
-	return pgcluster.Start(ctx, pgcluster.Options{Dir: dir, Major: major, Params: params, Unsafe: true})
+	all := map[string]string{"max_prepared_transactions": "10"}
+	maps.Copy(all, params)
+	return pgcluster.Start(ctx, pgcluster.Options{Dir: dir, Major: major, Params: all, Unsafe: true})
 }
 
 const folderPattern = "waystage-test-"
