@@ -127,8 +127,8 @@ func TestUnits(t *testing.T) {
 		amy.sync("work")
 		v := amy.sync("work",
 			newTree(3, 2, 0), newTree(2, 1, 0), newTree(1, nil, "bad"), newTree(4, nil, 0), newTree(5, 4, 0), // a child before its parent
-			change(line, "", nil, row("ord", 5, "no", 1, "amount", 3)),                                         // exists: rejected
-			change(line, "", nil, row("ord", 5, "no", 2, "amount", 3, "part_of_ord", 5, "part_of_no", 1)),      // composite, other order, itself
+			change(line, "", nil, row("ord", 5, "no", 1, "amount", 3)),                                    // exists: rejected
+			change(line, "", nil, row("ord", 5, "no", 2, "amount", 3, "part_of_ord", 5, "part_of_no", 1)), // composite, other order, itself
 			change(note, "", nil, row("id", 1, "line_ord", 5, "line_no", 2)), change(note, "", nil, row("id", 2, "line_ord", 5, "line_no", nil)),
 			unitOf(1, change(ord, "", nil, row("id", 50, "name", "x", "code", "C"))), unitOf(1, newOrd(4, "exists")), change(note, "", nil, row("id", 3, "code", "C")))
 		for i, want := range []string{"rejected dependency_rejected", "rejected dependency_rejected", "rejected invalid_value", "merged", "merged",
