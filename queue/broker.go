@@ -39,7 +39,7 @@ func (b *Broker) connect(ctx context.Context, user string, log *zap.Logger, reco
 		nats.ReconnectWait(50 * time.Millisecond),
 		nats.ReconnectJitter(100*time.Millisecond, 300*time.Millisecond),
 		nats.IgnoreAuthErrorAbort(), // a server that restarts with other passwords may get the right ones back
-		nats.PingInterval(20 * time.Second),
+		nats.PingInterval(10 * time.Second),
 		nats.Timeout(5 * time.Second),
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
 			if err != nil {

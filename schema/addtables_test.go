@@ -17,7 +17,7 @@ import (
 
 // A table that is added while it is written to, by a transaction too that was open before: the copy with the stream
 // played over it is the source's table, although the stream repeats part of what the copy has.
-func TestAddedTableConverges(t *testing.T) {
+func TestHazardAddTableRace(t *testing.T) {
 	ctx := testContext(t)
 	sourceDSN, mirrorDSN := pgtest.Source(t), pgtest.Mirror(t)
 	source, mirror := connect(t, sourceDSN), connect(t, mirrorDSN)

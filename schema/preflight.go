@@ -180,6 +180,9 @@ func lookAtSource(ctx context.Context, c *pgx.Conn, f *findings, tables []string
 	if err := lookAtOrphans(ctx, c, f, suffix); err != nil {
 		return err
 	}
+	if err := lookAtMarker(ctx, c, f); err != nil {
+		return err
+	}
 	found, problems, err := ReadTables(ctx, c, tables)
 	if err != nil {
 		return err
@@ -213,6 +216,19 @@ func lookAtOrphans(ctx context.Context, c *pgx.Conn, f *findings, suffix string)
 			"slot %s belongs to another mirror, nobody reads it, and it holds back %s of WAL", name, byteSize(retained))
 		return nil
 	})
+	return err
+}
+
+// lookAtMarker names who else may write the source's progress table: its row says which of the devices' changes have arrived.
+func lookAtMarker(ctx context.Context, c *pgx.Conn, f *findings) error {
+	var who []string
+	err := c.QueryRow(ctx, `SELECT coalesce(array_agg(DISTINCT CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END), '{}')
+		FROM pg_class c, aclexplode(c.relacl) a WHERE c.oid = to_regclass('waystage.progress')
+			AND a.privilege_type IN ('INSERT', 'UPDATE', 'DELETE', 'TRUNCATE') AND a.grantee NOT IN (c.relowner, current_user::regrole)`).Scan(&who)
+	if err == nil && len(who) > 0 {
+		f.add(Warning, "marker_rights", "REVOKE INSERT, UPDATE, DELETE, TRUNCATE ON waystage.progress FROM "+strings.Join(who, ", ")+";",
+			"%s may write waystage.progress: a forged row there would pass devices' changes off as applied", strings.Join(who, ", "))
+	}
 	return err
 }
 

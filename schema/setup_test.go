@@ -167,7 +167,7 @@ func (d *Definitions) subscriptionFor(t *Table) *Subscription {
 
 // A set-up that is cancelled again and again, while the source is written to, ends in a mirror that is the snapshot of
 // the slot, with nothing left over.
-func TestSetupSurvivesBeingKilled(t *testing.T) {
+func TestHazardSnapshotKilled(t *testing.T) {
 	sourceDSN, mirrorDSN := pgtest.Source(t), pgtest.Mirror(t)
 	source, mirror := connect(t, sourceDSN), connect(t, mirrorDSN)
 	exec(t, source, "CREATE TABLE public.parent (id int PRIMARY KEY, t text)",
@@ -233,7 +233,7 @@ func TestSetupSurvivesBeingKilled(t *testing.T) {
 }
 
 // What is written between the slot and the copy's snapshot is exactly what the slot delivers: nothing is in both, nothing in none.
-func TestCopyFitsSlot(t *testing.T) {
+func TestHazardSnapshotRace(t *testing.T) {
 	ctx := testContext(t)
 	sourceDSN, mirrorDSN := pgtest.Source(t), pgtest.Mirror(t)
 	source, mirror := connect(t, sourceDSN), connect(t, mirrorDSN)
