@@ -492,9 +492,9 @@ func testSentIsKept(t *testing.T, r *rig) {
 		code       string
 		base, sent string
 	}{
-		{change(patients, "", nil, row("id", "7", "name", "n", "mood", "merry")), "invalid_value", "<null>", "merry n 7"},
+		{change(patients, "", nil, row("id", "7", "name", "n", "mood", "mer\x00ry")), "invalid_value", "<null>", "mer\uFFFDry n 7"},
 		{change(patients, "", nil, row("id", "7", "name", "a\x00b", "mood", "calm")), "invalid_value", "<null>", "calm a\uFFFDb 7"},
-		{amy.edit("care", patients, "1", "mood", "merry"), "invalid_value", "1", "merry"},
+		{amy.edit("care", patients, "1", "mood", "mer\x00ry"), "invalid_value", "1", "mer\uFFFDry"},
 		{protocol.Change{Table: patients, Op: "U", Key: vals("1"), New: vals("2", "n", nil, nil, nil, nil, nil, nil)}, "key_change", "<null>", "n 2"},
 		{protocol.Change{Table: patients, Op: "U", Key: vals("1"), New: vals("2", "n")}, "invalid_record", "<null>", "<null>"},
 		{change("public.code", "", nil, row("k", "abcd", "seq", "1", "label", "l")), "unknown_table", "<null>", "abcd 1"},
