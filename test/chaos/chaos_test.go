@@ -257,7 +257,7 @@ func (h *history) rest() error {
 	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
 		if err = h.calm(&mark); err != nil {
 			calm = 0
-			h.note("not at rest: %v", err)
+			h.note("not at rest: %v; %s", err, h.waiting())
 			continue
 		}
 		if calm++; calm == 3 {
@@ -265,6 +265,27 @@ func (h *history) rest() error {
 		}
 	}
 	return fmt.Errorf("I1, I4: not at rest after %s: %w", patience, err)
+}
+
+// waiting tells where requests and records are, for the timeline.
+func (h *history) waiting() string {
+	ctx, cancel := context.WithTimeout(h.ctx, 10*time.Second)
+	defer cancel()
+	var out string
+	if err := h.mirror.QueryRow(ctx, `SELECT format('sessions without a reply: %s; records pending: %s', (SELECT string_agg(user_name || '/' || device_name || '-' || n || ' ' || state, ', ') FROM waystage.session WHERE state IN ('staged', 'merged')),
+		(SELECT count(*) FROM waystage.change WHERE state = 'merged'))`).Scan(&out); err != nil {
+		return err.Error()
+	}
+	if nc, err := h.streams(); err == nil {
+		defer nc.Close()
+		if js, err := jetstream.New(nc); err == nil {
+			if c, err := js.Consumer(ctx, "WS_IN", "intake"); err == nil {
+				info := c.CachedInfo()
+				out += fmt.Sprintf("; input queue: %d waiting, %d with a worker", info.NumPending, info.NumAckPending)
+			}
+		}
+	}
+	return out
 }
 
 func (h *history) calm(mark *string) error {

@@ -28,6 +28,7 @@ type task struct {
 
 // entry is a line of the journal.
 type entry struct {
+	At      time.Time          `json:"at"`
 	Step    int                `json:"step,omitempty"`
 	Edits   []edit             `json:"edits,omitempty"`   // about to be committed
 	Session string             `json:"session,omitempty"` // of what was sent or came
@@ -35,6 +36,7 @@ type entry struct {
 	Bogus   bool               `json:"bogus,omitempty"`
 	Seen    []seen             `json:"seen,omitempty"`
 	Told    []protocol.Verdict `json:"told,omitempty"`
+	Heard   string             `json:"heard,omitempty"` // of what was sent, for people
 	Synced  *synced            `json:"synced,omitempty"`
 	Broken  string             `json:"broken,omitempty"` // a promise that the device itself sees broken
 }
@@ -119,6 +121,7 @@ func (p *phone) say(a answer) {
 }
 
 func (p *phone) write(e entry) {
+	e.At = time.Now().UTC()
 	b, _ := json.Marshal(e)
 	if _, err := p.journal.Write(append(b, '\n')); err != nil {
 		panic(err)
@@ -397,7 +400,15 @@ func (w *wire) Put(ctx context.Context, session, part string, pay device.Payload
 		e.Sent = append(e.Sent, s)
 	}
 	w.p.write(e)
-	return w.Transport.Put(ctx, session, part, pay)
+	rec, err := w.Transport.Put(ctx, session, part, pay)
+	w.p.write(entry{Session: session, Heard: fmt.Sprintf("put: %+v, %v", rec, err)})
+	return rec, err
+}
+
+func (w *wire) Status(ctx context.Context, session string) (protocol.Status, error) {
+	st, err := w.Transport.Status(ctx, session)
+	w.p.write(entry{Session: session, Heard: fmt.Sprintf("status: %s, %v", st.State, err)})
+	return st, err
 }
 
 func readRequest(p device.Payload) (*protocol.Request, error) {
