@@ -547,7 +547,9 @@ func TestEveryReason(t *testing.T) {
 
 	var want []string
 	for _, c := range protocol.RecordCodes() {
-		want = append(want, string(c))
+		if c != protocol.CodeSchema && c != protocol.CodeEpoch { // given when the mirror is changed or rebuilt: see the tests of schema and apply
+			want = append(want, string(c))
+		}
 	}
 	slices.Sort(want)
 	if got := o.at(o.mirror, `SELECT string_agg(DISTINCT code, ' ' ORDER BY code) FROM waystage.change`); got != strings.Join(want, " ") {
