@@ -48,6 +48,9 @@ func (x *exchange) run(ctx context.Context) (*protocol.Error, error) {
 	if send, err := x.mustSend(ctx, have); err != nil {
 		return nil, err
 	} else if send {
+		if err := x.clear(ctx, &have); err != nil {
+			return nil, err
+		}
 		if refusal, err := x.put(ctx); refusal != nil || err != nil {
 			return refusal, err
 		}
@@ -75,21 +78,21 @@ func (x *exchange) mustSend(ctx context.Context, have inbox) (bool, error) {
 	if !x.sess.resumed {
 		return true, nil
 	}
-	if have.pages > 0 {
-		return false, nil
-	}
 	st, err := x.tr.Status(ctx, x.sess.token())
 	var e *protocol.Error
 	switch {
+	case err == nil && st.State == "replied":
+		// Without pages it is lost, or has expired. Waiting for it first would take longer than some syncs last.
+		return st.Pages == 0, x.learned(ctx, st)
 	case err == nil:
-		return !x.arrived(st), x.learned(ctx, st)
+		return have.pages == 0 && !x.arrived(st), x.learned(ctx, st)
 	case errors.As(err, &e):
 		if e.Code == protocol.CodeBlocked {
 			return false, explain("session "+x.sess.token(), err)
 		}
-		return true, nil
+		return have.pages == 0, nil
 	}
-	return true, ctx.Err()
+	return have.pages == 0, ctx.Err()
 }
 
 // arrived tells whether the server has the whole request. Of one in parts, "received" says only that some part waits in

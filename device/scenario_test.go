@@ -174,6 +174,59 @@ func TestResumeCarriesNewEdits(t *testing.T) {
 	}
 }
 
+// TestLostReply: a reply that was lost on the server, none or one of its pages fetched, is asked for at once: a sync need
+// not last for as long as one waits for a page that never comes.
+func TestLostReply(t *testing.T) {
+	for _, fetched := range []int{0, 1} {
+		ctx := context.Background()
+		srv := newServer(t)
+		srv.perPage = 5
+		var lost bool
+		puts := 0
+		cut := func(call string, after bool) bool { return call == "get" && !after } // of the first sync
+		gets := 0
+		dial := func(context.Context, Login) (Transport, error) {
+			w := &wire{s: srv, device: "a"}
+			w.fail = func(call string, after bool) error {
+				switch {
+				case !lost && cut(call, after):
+					if gets++; gets > fetched {
+						return errCut
+					}
+				case lost && call == "put" && !after:
+					puts++
+				case lost && call == "get" && !after && puts == 0: // the gateway holds the call and gives up
+					return &protocol.Error{Code: protocol.CodePending}
+				}
+				return nil
+			}
+			return w, nil
+		}
+		d := srv.device(t, "a", Options{Dial: srv.dial("a")})
+		srv.mustSync(t, d)
+		for i := range 20 {
+			srv.foreign(item(i, "1", "new"))
+		}
+		d.opts.Dial = dial
+		if _, err := d.Sync(ctx, SyncOptions{}); !errors.Is(err, errCut) {
+			t.Fatal(err)
+		}
+		if n := one[int](t, d, `SELECT count(*) FROM _ws_inbox`); n != fetched {
+			t.Fatalf("%d pages fetched, not %d", n, fetched)
+		}
+		lost = true
+		clear(srv.out)
+		d.patience.check, d.patience.most = time.Hour, time.Hour // whoever waits, waits for ever
+		short, cancel := context.WithTimeout(ctx, time.Minute)
+		_, err := d.Sync(short, SyncOptions{})
+		cancel()
+		if err != nil || puts < 1 {
+			t.Fatalf("%v after %d puts", err, puts)
+		}
+		srv.same(t, d)
+	}
+}
+
 // TestLargeSessions: many edits go in several sessions, large requests in parts, and everything arrives.
 func TestLargeSessions(t *testing.T) {
 	for _, o := range []Options{{MostChanges: 7}, {Encoding: "none", PartSize: 1000}, {ContentType: protocol.ContentJSON, Encoding: protocol.Gzip}} {

@@ -127,7 +127,7 @@ func (w *wire) Status(_ context.Context, session string) (st protocol.Status, er
 		st.State = "unknown"
 		switch {
 		case w.s.seen[session] != nil:
-			st.State = "replied"
+			st.State, st.Pages = "replied", len(w.s.out[session])
 		case len(w.s.parts[session]) > 0:
 			st.State = "received" // some part is in the queue
 		}

@@ -182,8 +182,8 @@ type Receipt struct {
 
 // Status answers status: how far a session has come.
 type Status struct {
-	State   string `json:"state"` // unknown, received, staged, merged, replied, refused
-	Pages   int    `json:"pages,omitempty"`
+	State   string `json:"state"`           // unknown, received, staged, merged, replied, refused
+	Pages   int    `json:"pages,omitempty"` // of the reply, while they wait for the device; 0: not replied, or the reply is gone
 	Records int    `json:"records,omitempty"`
 	Error   *Error `json:"error,omitempty"`
 }

@@ -465,6 +465,13 @@ func (s *shift) tell(c *call) {
 	s.counts.statuses.Add(1)
 	s.do(c, func(ctx context.Context) (any, error) {
 		st, err := s.status(ctx, c.user, c.device, c.args[0])
+		if err == nil && st.State == "replied" {
+			n, err := s.q.Pages(ctx, c.user, c.device, c.args[0])
+			if n < st.Pages {
+				st.Pages = 0 // acknowledged, expired, or lost with the broker's store
+			}
+			return st, err
+		}
 		if err != nil || st.State != "unknown" && st.State != "refused" && st.State != "" {
 			return st, err
 		}

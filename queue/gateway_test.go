@@ -2,6 +2,7 @@ package queue_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"testing"
@@ -103,6 +104,26 @@ func TestSessionThroughTheGateway(t *testing.T) {
 	depth, err := b.q.Depth(within(t))
 	if err != nil || depth.Input.Messages != 0 || depth.Output.Messages != 1 || depth.Unacked != 0 || depth.Output.Oldest.IsZero() {
 		t.Fatalf("depth %+v %v", depth, err)
+	}
+}
+
+// TestStatusOfALostReply: a reply whose pages are not all there any more has none: the device sends its request again.
+func TestStatusOfALostReply(t *testing.T) {
+	b := start(t, func(b *bench) {
+		b.status = func(context.Context, string, string, string) (protocol.Status, error) {
+			return protocol.Status{State: "replied", Pages: 2, Records: 3}, nil
+		}
+	})
+	d := b.device("alice/phone")
+	for pages, want := range []int{0, 0, 2} {
+		if pages > 0 {
+			if err := b.q.PutPage(within(t), "alice", "phone", session(1), pages, "application/cbor", "", []byte("page")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if st := decode[protocol.Status](t, d.ask("status", nil, nil, session(1))); st.State != "replied" || st.Pages != want || st.Records != 3 {
+			t.Errorf("with %d pages of 2: %+v", pages, st)
+		}
 	}
 }
 
