@@ -177,6 +177,7 @@ func TestHazardDDLApplyIsKilled(t *testing.T) {
 		writing <- err
 	}()
 	for n := range 8 {
+		r.reload() // a killed one may have got to its end
 		r.merge(setCol("public.a", fmt.Sprint(2000+n), "v", fmt.Sprint("device ", n)))
 		killed, cancel := context.WithTimeout(r.ctx, time.Duration(20+60*n)*time.Millisecond)
 		_, err := schema.Apply(killed, schema.ApplyOptions{Resync: []string{"public.a"}, SetupOptions: schema.SetupOptions{SourceDSN: r.sourceDSN, MirrorDSN: r.mirrorDSN,
