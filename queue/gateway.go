@@ -1,6 +1,7 @@
 package queue
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -330,6 +331,12 @@ func (s *shift) put(c *call) {
 		defer func() { <-s.storing }()
 		select {
 		case a := <-stored.Ok():
+			if a.Duplicate {
+				if a, err = s.again(m, a); err != nil {
+					c.busy(err)
+					return
+				}
+			}
 			c.answer(protocol.Receipt{Stored: true, Sequence: a.Sequence, Duplicate: a.Duplicate})
 		case err := <-stored.Err():
 			c.busy(err)
@@ -337,6 +344,26 @@ func (s *shift) put(c *call) {
 	}) {
 		<-s.storing // too late for an answer: the device asks again
 	}
+}
+
+// again looks after a part that the queue takes for a retry. If the queue does not have it any more, the device asks again for
+// a reply that was lost, or the queue has lost the part: it is stored once more.
+func (s *shift) again(m *nats.Msg, a *jetstream.PubAck) (*jetstream.PubAck, error) {
+	ctx, cancel := bounded(context.WithoutCancel(s.ctx))
+	defer cancel()
+	in, err := s.q.js.Stream(ctx, StreamIn)
+	if err != nil {
+		return nil, err
+	}
+	switch there, err := in.GetLastMsgForSubject(ctx, m.Subject); {
+	case err == nil && bytes.Equal(there.Data, m.Data):
+		a.Sequence = there.Sequence
+		return a, nil
+	case err != nil && !errors.Is(err, jetstream.ErrMsgNotFound):
+		return nil, err
+	}
+	m.Header.Del(nats.MsgIdHdr)
+	return s.q.js.PublishMsg(ctx, m)
 }
 
 // busy answers a put that could not be stored. Whatever the reason: the device has the request, and tries again.

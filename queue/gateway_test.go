@@ -107,6 +107,24 @@ func TestSessionThroughTheGateway(t *testing.T) {
 	}
 }
 
+// TestPutAgain: the queue recognises a retry, but what it does not have any more, because it was taken or was lost, it takes
+// again: else a device whose reply was lost would ask for it in vain.
+func TestPutAgain(t *testing.T) {
+	b := start(t)
+	d := b.device("alice/phone")
+	for i := range 3 {
+		if r := d.put(session(1), "1-1", []byte("request"), nil); !r.Stored || r.Duplicate {
+			t.Fatalf("put %d: %+v", i, r)
+		}
+		if r := d.put(session(1), "1-1", []byte("request"), nil); !r.Stored || !r.Duplicate {
+			t.Fatalf("retry %d: %+v", i, r)
+		}
+		if err := b.q.AckAll(within(t), b.parts(1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestStatusOfALostReply: a reply whose pages are not all there any more has none: the device sends its request again.
 func TestStatusOfALostReply(t *testing.T) {
 	b := start(t, func(b *bench) {

@@ -33,7 +33,7 @@ const (
 	callTimeout    = 5 * time.Second  // and any other call
 
 	// dedupe is how long the input recognises a part that was sent twice. It only has to cover a retry after a lost
-	// receipt, and must be short: a device that asks again for a reply that has expired sends the same bytes.
+	// receipt. A part that it recognises and does not have any more is stored again: see shift.again.
 	dedupe = time.Minute
 )
 
