@@ -472,7 +472,7 @@ func (b *replyBatch) keepCursors() error {
 	batch.Queue(`INSERT INTO waystage.cursor (token, device_id, incarnation, set_name, session_id, since, keysets)
 		SELECT token, device, inc, name, session, $7, keys::jsonb
 		FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::bigint[], $6::text[]) AS u(token, device, inc, name, session, keys)`,
-		tokens, devices, incarnations, sets, ids, keys, b.xmin)
+		tokens, devices, incarnations, sets, ids, keys, since)
 	if err := tx.SendBatch(b.ctx, batch).Close(); err != nil {
 		return err
 	}
