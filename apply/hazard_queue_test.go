@@ -223,15 +223,8 @@ func TestHazardHalfOpenBroker(t *testing.T) {
 	r := newRig(t, notes, "public.note")
 	var proxy *nettest.Proxy
 	b := withBroker(t, r, func(address string) string {
-		u, err := url.Parse(address)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if proxy, err = nettest.New(u.Host); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(proxy.Close)
-		return "nats://" + proxy.Address()
+		proxy, address = through(t, address)
+		return address
 	})
 	r.start(allWorkers...)
 	ids := r.merge(upd("public.note", "1", map[string]any{"body": "before"}))

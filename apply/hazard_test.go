@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/url"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -25,17 +24,12 @@ import (
 // through puts a proxy before a server.
 func through(t *testing.T, dsn string) (*nettest.Proxy, string) {
 	t.Helper()
-	u, err := url.Parse(dsn)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p, err := nettest.New(u.Host)
+	p, address, err := nettest.InFrontOf(dsn)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(p.Close)
-	u.Host = p.Address()
-	return p, u.String()
+	return p, address
 }
 
 const docs = `

@@ -3,7 +3,6 @@ package capture
 import (
 	"errors"
 	"fmt"
-	"net/url"
 	"os/exec"
 	"path/filepath"
 	"strconv"
@@ -68,17 +67,12 @@ func (r *rig) stands(code Code, detail string) {
 // through puts a proxy before a server.
 func through(t *testing.T, dsn string) (*nettest.Proxy, string) {
 	t.Helper()
-	u, err := url.Parse(dsn)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p, err := nettest.New(u.Host)
+	p, address, err := nettest.InFrontOf(dsn)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(p.Close)
-	u.Host = p.Address()
-	return p, u.String()
+	return p, address
 }
 
 const otherLog = "INSERT INTO public.unpublished SELECT repeat('x', 1000) FROM generate_series(1, 2000)"

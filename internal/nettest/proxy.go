@@ -7,6 +7,7 @@ package nettest
 import (
 	"io"
 	"net"
+	"net/url"
 	"sync"
 )
 
@@ -60,6 +61,21 @@ func New(target string) (*Proxy, error) {
 	p.moved = sync.NewCond(&p.mu)
 	p.wg.Go(p.accept)
 	return p, nil
+}
+
+// InFrontOf begins to forward to the host of an address, a connection string or other URL, and returns the address by which
+// clients go through the proxy.
+func InFrontOf(address string) (*Proxy, string, error) {
+	u, err := url.Parse(address)
+	if err != nil {
+		return nil, "", err
+	}
+	p, err := New(u.Host)
+	if err != nil {
+		return nil, "", err
+	}
+	u.Host = p.Address()
+	return p, u.String(), nil
 }
 
 // Address is where clients connect.
