@@ -89,7 +89,6 @@ type jDevice struct {
 	reply  jReply
 	log    [4]uint8 // by record: times that its rejection was logged
 	owed   uint16   // ghost: edits without an outcome
-	over   bool     // of the open session: the server has answered, nothing else will come
 }
 
 type jUp struct {

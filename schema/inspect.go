@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/jackc/pgx/v5"
+	"go.uber.org/zap"
 )
 
 // Difference between a synced table as the source has it and as it was set up.
@@ -265,4 +266,30 @@ func (i *Inspection) renamed(o Column) string {
 		}
 	}
 	return ""
+}
+
+// actAlone does what can be done about one table without anybody.
+func actAlone(ctx context.Context, mirror *pgx.Conn, layout int64, i *Inspection, log *zap.Logger) error {
+	if i.Stopped != "" || i.Stored == nil {
+		return nil
+	}
+	if d, ok := i.stops(); ok {
+		detail := d.What
+		if d.Column != "" {
+			detail = "column " + d.Column + " " + d.What
+		}
+		ours, err := StopTable(ctx, mirror, i.Stored.ID, layout, d.Stops, detail)
+		if ours {
+			log.Error("a table is stopped; all others go on. Look with `waystage schema diff`, go on with `waystage schema apply`",
+				zap.String("table", i.Table), zap.String("code", string(d.Stops)), zap.String("detail", detail))
+		}
+		return err
+	}
+	if i.Action == ActRefresh {
+		if err := Refresh(ctx, mirror, i); err != nil {
+			return err
+		}
+		log.Info("what devices are told of a table has changed at the source, and was taken over", zap.String("table", i.Table), zap.Any("differences", i.Differences))
+	}
+	return nil
 }

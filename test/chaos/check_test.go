@@ -392,9 +392,6 @@ func wrote(r *record, w *written) bool {
 	return true
 }
 
-// own columns are written by triggers of the source.
-var triggered = []string{"rev", "updated_at", "lines", "name", "area_id"}
-
 // seenAll tells whether an edit made on base knows of everything that others did to the row until at (an index into the row's
 // writes at the source). Only what our own transactions' triggers and cascades did may be new to it (rule R4).
 func (c *checker) seenAll(row string, base image, at int) string {
