@@ -20,7 +20,7 @@ const (
 	exitUnreachable  = 5   // a server did not answer: trying again may help
 	exitPrecondition = 6   // the state of things does not allow it (exists already, a preflight check failed)
 	exitAttention    = 7   // data needs a person: a forked device, a lost slot
-	exitDiffers      = 8   // verify: what should be equal is not
+	exitDiffers      = 8   // verify, schema diff: what should be equal is not
 	exitInterrupted  = 130 // Ctrl-C
 )
 

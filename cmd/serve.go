@@ -70,12 +70,9 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	if err := c.Validate(); err != nil {
 		return err
 	}
-	defs, problems, err := readDefinitions(c.Definitions)
+	defs, err := definitionsOf(c)
 	if err != nil {
 		return err
-	}
-	if _, err := schema.Refusing(problems); err != nil {
-		return definitionsFailure(c, err)
 	}
 
 	mirror, err := openPool(ctx, "mirror", c.Mirror.DSN, c.mirrorConnections())

@@ -1,15 +1,11 @@
 package cmd
 
 import (
-	"context"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/jackc/pgx/v5"
-	"go.uber.org/zap"
-	"go.uber.org/zap/zaptest"
 
 	"github.com/waystage/waystage/device"
 	"github.com/waystage/waystage/internal/nurse"
@@ -20,36 +16,12 @@ import (
 // TestVerify: what the command prints, and by which code it ends.
 func TestVerify(t *testing.T) {
 	o := newOperator(t)
-	if got := waystage(t, nil, "", "init", "--source", o.source, "--mirror", o.mirror, "--dir", o.dir); got.code != exitOK {
-		t.Fatal(got.err)
-	}
-	if err := os.WriteFile(filepath.Join(o.dir, "definitions.yaml"), []byte(nurse.Definitions()), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	o.init()
 	if got := o.run(exitPrecondition, "", "verify"); !strings.Contains(got.err, "waystage serve") {
 		t.Errorf("%s", got.err)
 	}
-	conf, err := load(&terminal{}, o.config, []string{"nats.embedded.listen=" + freePort(t), "health.listen="})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	ready, ended := make(chan Info, 1), make(chan error, 1)
-	go func() {
-		ended <- Serve(ctx, conf, zaptest.NewLogger(t, zaptest.Level(zap.ErrorLevel)), func(i Info) { ready <- i })
-	}()
-	defer func() {
-		cancel()
-		if err := <-ended; err != nil {
-			t.Errorf("the server ended with %v", err)
-		}
-	}()
-	select {
-	case <-ready:
-	case err := <-ended:
-		ended <- nil
-		t.Fatalf("the server does not start: %v", err)
-	}
+	stop := o.serve(nurse.Definitions(), "health.listen=")
+	defer stop()
 	if got := o.run(exitOK, "", "verify"); !strings.Contains(got.out, "vn.patient") || !strings.Contains(got.err, "are equal") {
 		t.Errorf("%s%s", got.out, got.err)
 	}
@@ -74,7 +46,7 @@ func TestVerify(t *testing.T) {
 	file := filepath.Join(o.dir, "ann.db")
 	user := nurse.Nurses(3)[0].Login
 	o.run(exitOK, testPassword+"\n", "users add "+user+" --group nurses")
-	o.run(exitOK, testPassword+"\n", "device enrol --file "+file+" --server nats://"+conf.NATS.Embedded.Listen+" --user "+user+" --device phone")
+	o.run(exitOK, testPassword+"\n", "device enrol --file "+file+" --server nats://"+o.nats+" --user "+user+" --device phone")
 	o.run(exitUsage, "", "verify --user "+user)
 	o.run(exitPrecondition, "", "verify --devices --user nobody")
 	if got := o.run(exitPrecondition, "", "verify --devices --wait 10ms"); !strings.Contains(got.out, "never verified") {
