@@ -26,6 +26,18 @@ const (
 	RejectTransaction RejectUnit = "transaction" // all records of the device's transaction, or none
 )
 
+// ConflictPolicy says what becomes of a device's change of a row that somebody else has changed since (docs/conflicts.md).
+type ConflictPolicy string
+
+// Conflict policies.
+const (
+	ConflictReject     ConflictPolicy = "reject"      // the change is rejected
+	ConflictColumns    ConflictPolicy = "columns"     // merged, if nobody else has changed the columns that it changes
+	ConflictLastWriter ConflictPolicy = "last-writer" // takes the place of what stands there
+	ConflictSource     ConflictPolicy = "source"      // dropped, with a receipt: what stands there wins
+	ConflictFunction   ConflictPolicy = "function"    // an SQL function of the mirror decides
+)
+
 // Subscription says which part of one table a device holds and may change.
 type Subscription struct {
 	Name      string
@@ -36,6 +48,8 @@ type Subscription struct {
 	Direction Direction
 	Allow     string // operations that devices may upload, a subset of "IUD"
 	Reject    RejectUnit
+	Conflict  ConflictPolicy
+	Function  string // "schema.name", with ConflictFunction only
 
 	rows    *rowsQuery
 	keyType string // the key column's type in the mirror, once checked

@@ -152,9 +152,9 @@ func (p *parser) group(name string, k, v *yaml.Node) {
 }
 
 func (p *parser) subscription(name string, k, v *yaml.Node) {
-	s := &Subscription{Name: name, Direction: TwoWay, Allow: "IUD", Reject: RejectRecord, place: at(k), places: map[string]place{}}
-	var allow, reject *yaml.Node
-	p.mapping(v, "a subscription", []string{"table", "columns", "key", "rows", "direction", "allow", "reject"}, func(key string, k, v *yaml.Node) {
+	s := &Subscription{Name: name, Direction: TwoWay, Allow: "IUD", Reject: RejectRecord, Conflict: ConflictReject, place: at(k), places: map[string]place{}}
+	var allow, reject, policy *yaml.Node
+	p.mapping(v, "a subscription", []string{"table", "columns", "key", "rows", "direction", "allow", "reject", "conflict"}, func(key string, k, v *yaml.Node) {
 		s.places[key] = at(v)
 		switch key {
 		case "table":
@@ -190,6 +190,9 @@ func (p *parser) subscription(name string, k, v *yaml.Node) {
 			if all := []string{string(RejectRecord), string(RejectTransaction)}; !slices.Contains(all, string(s.Reject)) && s.Reject != "" {
 				p.bad(v, fmt.Sprintf("unknown reject unit %q", s.Reject), orElse(didYouMean(string(s.Reject), all), "one of "+strings.Join(all, ", ")))
 			}
+		case "conflict":
+			policy = v
+			p.conflict(s, v)
 		}
 	})
 	if resolve(v).Kind != yaml.MappingNode {
@@ -209,6 +212,9 @@ func (p *parser) subscription(name string, k, v *yaml.Node) {
 		s.Allow = ""
 		if reject != nil && s.Reject == RejectTransaction {
 			p.bad(reject, "a download-only subscription has no uploads to reject", "remove reject, or use direction: two-way")
+		}
+		if policy != nil && s.Conflict != ConflictReject {
+			p.bad(policy, "a download-only subscription has no uploads that could conflict", "remove conflict, or use direction: two-way")
 		}
 	}
 	p.d.Subscriptions = append(p.d.Subscriptions, s)

@@ -41,6 +41,19 @@ func TestParseDefinitions(t *testing.T) {
 	if n := d.subscription("notes"); n.Allow != "ID" || n.Downloads() {
 		t.Errorf("%+v", n)
 	}
+	for text, want := range map[string]Subscription{
+		"":                                    {Conflict: ConflictReject},
+		", conflict: reject":                  {Conflict: ConflictReject},
+		", conflict: columns":                 {Conflict: ConflictColumns},
+		", conflict: last-writer":             {Conflict: ConflictLastWriter},
+		", conflict: source":                  {Conflict: ConflictSource},
+		", conflict: {function: care.decide}": {Conflict: ConflictFunction, Function: "care.decide"},
+	} {
+		n := define(t, strings.Replace(good, "[delete, insert]", "[delete, insert]"+text, 1)).subscription("notes")
+		if n.Conflict != want.Conflict || n.Function != want.Function {
+			t.Errorf("%q: %+v", text, n)
+		}
+	}
 	equal(t, d.SetsFor([]string{"office", "nurses", "nobody"}), []string{"office", "care"})
 	equal(t, d.TableNames(), []string{"public.assignment", "public.note", "public.patient"})
 	if len(d.SubscriptionsOf("care")) != 2 || d.SubscriptionsOf("x") != nil || !d.HasGroup("nurses") || d.HasGroup("x") || len(d.Conflicts([]string{"nurses", "office"})) != 0 {
@@ -74,6 +87,15 @@ func TestParseDefinitionsProblems(t *testing.T) {
 		{"allow: [delete, insert]", "reject: transactions", `11:63: unknown reject unit "transactions"; did you mean "transaction"?`},
 		{"allow: [delete, insert]", "reject: [record]", "11:63: a text is missing here; write record or transaction"},
 		{"direction: download-only", "direction: download-only, reject: transaction", "10:77: a download-only subscription has no uploads to reject"},
+		{"allow: [delete, insert]", "conflict: both", `11:65: unknown conflict policy "both"; one of reject, columns, last-writer, source`},
+		{"allow: [delete, insert]", "conflict: column", `11:65: unknown conflict policy "column"; did you mean "columns"?`},
+		{"allow: [delete, insert]", "conflict: function", "11:65: conflict: function needs the function's name"},
+		{"allow: [delete, insert]", "conflict: [columns]", "11:65: a text is missing here"},
+		{"allow: [delete, insert]", "conflict: {}", "11:65: conflict is empty"},
+		{"allow: [delete, insert]", "conflict: {functio: a.b}", `11:66: unknown setting "functio"; did you mean "function"?`},
+		{"allow: [delete, insert]", "conflict: {function: b}", `11:76: "b" is not the full name of a function`},
+		{"allow: [delete, insert]", "conflict: {function: waystage.b}", "11:76: schema waystage is Waystage's own"},
+		{"direction: download-only", "direction: download-only, conflict: columns", "10:79: a download-only subscription has no uploads that could conflict"},
 		{"[delete, insert]", "[delete, upsert]", `11:71: unknown operation "upsert"`},
 		{"care: [patients, notes]", "care: [patient, notes]", `13:10: no subscription "patient"; did you mean "patients"?`},
 		{"care: [patients, notes]", "care: []", `13:9: set "care" is empty`},
