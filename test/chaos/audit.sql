@@ -10,7 +10,7 @@ CREATE TABLE audit.entry (
     new   jsonb,
     depth int NOT NULL DEFAULT pg_trigger_depth() -- 1: a statement of the transaction itself; more: a trigger or a cascade
 );
-CREATE TABLE audit.marker (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, xid bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint, seq bigint, carries text);
+CREATE TABLE audit.marker (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, xid bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint, seq bigint, carries text, worker text);
 
 CREATE FUNCTION audit.log() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
@@ -37,7 +37,7 @@ BEGIN
 END $$;
 CREATE FUNCTION audit.mark() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    INSERT INTO audit.marker (seq, carries) VALUES (NEW.seq, NEW.carries);
+    INSERT INTO audit.marker (seq, carries, worker) VALUES (NEW.seq, NEW.carries, NEW.worker);
     RETURN NULL;
 END $$;
 CREATE TRIGGER aa_audit AFTER INSERT OR UPDATE OR DELETE ON c.area FOR EACH ROW EXECUTE FUNCTION audit.log('id');

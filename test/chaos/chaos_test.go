@@ -182,7 +182,12 @@ func (h *history) storm() {
 	ctx, cancel := context.WithCancel(h.ctx)
 	defer cancel()
 	b := &breaker{h: h}
-	var users, breaking sync.WaitGroup
+	var users, breaking, watching sync.WaitGroup
+	h.acks = h.watchAcks()
+	watch, stop := context.WithCancel(ctx)
+	watching.Go(func() { h.acks.run(watch) })
+	defer watching.Wait()
+	defer stop()
 	breaking.Go(func() { b.run(ctx) })
 	errs := make([]error, len(h.devices))
 	for i, u := range h.devices {

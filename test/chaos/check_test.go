@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -40,7 +41,8 @@ func (c *checker) check(ctx context.Context) error {
 	c.versionsAtMirror()
 	c.subsets()
 	c.broken()
-	return c.equal(ctx)
+	c.takeovers()
+	return errors.Join(c.h.acks.check(ctx, c), c.equal(ctx))
 }
 
 // witness makes sure that the audit itself is whole: each write of a row begins with what the one before left.
@@ -366,6 +368,16 @@ func (c *checker) onceAtSource() {
 			c.fail("I2", "%s is applied, and %d transactions of the source carried it", r.name(), n)
 		case r.State != protocol.Applied && n != 0:
 			c.fail("I2", "%s is %s, and %d transactions of the source carried it", r.name(), r.State, n)
+		}
+	}
+}
+
+// takeovers: a process writes to the source as the up worker only after it has taken the chain over, which is a transaction that carries
+// nothing. One that was passed over and goes on nevertheless shows here, whatever became of its changes.
+func (c *checker) takeovers() {
+	for i := 1; i < len(c.chain); i++ {
+		if was, is := c.chain[i-1], c.chain[i]; was.worker != is.worker && is.carries != "" {
+			c.fail("I2", "process %s carried %s to the source while the chain was %s's", is.worker, is.carries, was.worker)
 		}
 	}
 }

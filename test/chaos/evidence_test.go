@@ -73,11 +73,15 @@ type evidence struct {
 	source   []*written
 	mirror   []*written
 	carries  map[int64][]int64 // by source transaction: ids of the ledger
+	chain    []link            // the up worker's transactions, in their order
 	ledger   []*record
 	journals [][]entry
 	done     []map[int]bool // by device: steps that it did
 	rejected [][]device.Reject
 }
+
+// link is a transaction of the up worker, by what it says of itself.
+type link struct{ worker, carries string }
 
 func collect(ctx context.Context, h *history) (*evidence, error) {
 	e := &evidence{carries: map[int64][]int64{}}
@@ -88,13 +92,14 @@ func collect(ctx context.Context, h *history) (*evidence, error) {
 	if e.mirror, err = audit(ctx, h.mirror); err != nil {
 		return nil, err
 	}
-	rows, err := h.source.Query(ctx, "SELECT xid, carries FROM audit.marker ORDER BY id")
+	rows, err := h.source.Query(ctx, "SELECT xid, carries, worker FROM audit.marker ORDER BY id")
 	if err != nil {
 		return nil, err
 	}
 	var xid int64
-	var carries string
-	_, err = pgx.ForEachRow(rows, []any{&xid, &carries}, func() error {
+	var carries, worker string
+	_, err = pgx.ForEachRow(rows, []any{&xid, &carries, &worker}, func() error {
+		e.chain = append(e.chain, link{worker, carries})
 		for _, part := range strings.Split(carries, ",") {
 			if part == "" {
 				continue

@@ -95,7 +95,9 @@ func (b *breaker) inject(f fault) error {
 		p.Signal(syscall.SIGSTOP)
 		time.Sleep(50 * time.Millisecond)
 		h.links[f.Target+"-mirror"].Cut()
-		h.links[f.Target+"-source"].Cut()
+		if f.R%2 == 0 { // else it can still write to the source when it wakes
+			h.links[f.Target+"-source"].Cut()
+		}
 		time.Sleep(long)
 		p.Signal(syscall.SIGCONT)
 	case "kill-nats":
@@ -176,6 +178,8 @@ func (b *breaker) inject(f fault) error {
 		p.Hold(nettest.ToClient, false)
 	case "lose", "double":
 		b.messages(f, long)
+	case "purge":
+		b.purge(f, long)
 	default:
 		return fmt.Errorf("there is no fault %q", f.Kind)
 	}
@@ -286,6 +290,32 @@ func (b *breaker) messages(f fault, long time.Duration) {
 				}
 			}
 		}
+	}
+}
+
+// purge empties a stream again and again for a while.
+func (b *breaker) purge(f fault, long time.Duration) {
+	ctx, cancel := context.WithTimeout(b.h.ctx, long)
+	defer cancel()
+	nc, err := b.h.streams()
+	if err != nil {
+		return // there is no broker now
+	}
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return
+	}
+	for ctx.Err() == nil {
+		if s, err := js.Stream(ctx, f.Target); err == nil {
+			n := int(s.CachedInfo().State.Msgs)
+			if n > 0 && s.Purge(ctx) == nil {
+				b.h.counts.Lock()
+				b.h.counts.lost += n
+				b.h.counts.Unlock()
+			}
+		}
+		time.Sleep(15 * time.Millisecond)
 	}
 }
 

@@ -76,6 +76,7 @@ var faultKinds = []struct {
 	{"blackhole", 2, links, 200, 2500}, // nothing flows for a while, then the connections break
 	{"half-open", 2, links, 200, 2500}, // requests flow, answers do not; then the connections break
 	{"lose", 4, []string{"WS_IN", "WS_OUT", "WS_CD_UP", "WS_CD_DOWN"}, 300, 1500},
+	{"purge", 4, []string{"WS_IN", "WS_OUT", "WS_OUT"}, 300, 2000}, // emptied again and again
 	{"double", 4, []string{"WS_IN", "WS_OUT", "WS_CD_UP", "WS_CD_DOWN"}, 300, 2000},
 }
 

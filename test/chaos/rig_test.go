@@ -159,6 +159,7 @@ type history struct {
 	done     atomic.Int64 // steps
 	total    int64
 	clusters map[string]*sync.Mutex // held while a cluster is down
+	acks     *acks
 	counts   struct {
 		sync.Mutex
 		faults        map[string]int
