@@ -1,6 +1,7 @@
 package stages
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"slices"
@@ -127,6 +128,56 @@ func testCommitsOvertake(t *testing.T, r *rig) {
 	}
 	ben.sync("care")
 	ben.want("slow", "care", patients, "1", "name")
+}
+
+// testOneSnapshot: what commits while a reply is being read is in all of it or in nothing of it (I6). The reply is held after it
+// has read the key sets and before it reads rows.
+func testOneSnapshot(t *testing.T, r *rig) {
+	_, _, ben := shared(r)
+	other, err := r.db.Begin(r.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = other.Rollback(context.WithoutCancel(r.ctx)) }()
+	ben.sync("care") // makes the statements known to the connection that is used again: from here on each takes its locks when it is run
+	ben.want("<none>", "care", patients, "2", "name")
+	for _, q := range []string{`LOCK TABLE public.visit IN ACCESS EXCLUSIVE MODE`, `INSERT INTO public.assignment VALUES ('ben', 2)`} {
+		if _, err := other.Exec(r.ctx, q); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ben.send(ben.request("care"))
+	for _, w := range []Worker{r.intake, r.merge} {
+		if _, err := w.Batch(r.ctx, r.ctx, noop); err != nil {
+			t.Fatal(err)
+		}
+	}
+	done := make(chan error, 1)
+	go func() {
+		_, err := r.reply.Batch(r.ctx, r.ctx, noop)
+		done <- err
+	}()
+	for r.value(`SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`) == "0" {
+		select {
+		case err := <-done:
+			t.Fatalf("the reply did not come to the locked table: %v", err)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	if err := other.Commit(r.ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	ben.receive()
+	assigned, patient := ben.has("care", "public.assignment", "ben|2", "nurse") != "<none>", ben.has("care", patients, "2", "name") != "<none>"
+	if assigned != patient {
+		t.Fatalf("the device has half of a transaction: the assignment %v, the patient %v", assigned, patient)
+	}
+	ben.sync("care")
+	ben.want("ben", "care", "public.assignment", "ben|2", "nurse")
+	ben.want("bob", "care", patients, "2", "name")
 }
 
 func testEmptySyncIsCheap(t *testing.T, r *rig) {

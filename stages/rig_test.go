@@ -101,6 +101,7 @@ func TestStages(t *testing.T) {
 		// reply_test.go
 		"download":             testDownload,
 		"commits overtake":     testCommitsOvertake,
+		"one snapshot":         testOneSnapshot,
 		"empty sync is cheap":  testEmptySyncIsCheap,
 		"refresh":              testRefresh,
 		"pages":                testPages,
