@@ -10,10 +10,10 @@ FUZZ_TIME ?= 20s
 STATICCHECK = honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test check test-15 test-16 test-17 test-18 race bench sabotage chaos fuzz lint clean
+.PHONY: help build demo test check test-15 test-16 test-17 test-18 race bench sabotage sabotage-long chaos fuzz lint clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## bin/waystage, one static binary
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X github.com/waystage/waystage/cmd.version=$(VERSION)' -o bin/waystage ./cmd/waystage
@@ -52,7 +52,11 @@ chaos: ## random histories: SEEDS=10 SEED=first SHRINK=1 STOP=1 KEEP=folder TAGS
 	cd test/chaos && WAYSTAGE_CHAOS_SEEDS=$(or $(SEEDS),10) WAYSTAGE_CHAOS_SEED=$(SEED) WAYSTAGE_CHAOS_SHRINK=$(SHRINK) WAYSTAGE_CHAOS_KEEP=$(KEEP) WAYSTAGE_CHAOS_STOP=$(STOP) \
 		../../bin/chaos.test -test.run '^TestHistories$$' -test.timeout 0
 
-sabotage: ## each deliberate bug must be noticed by the random histories
+sabotage: ## each deliberate bug must fail the test that is there to catch it
+	@scripts/postgresql.sh 15 >/dev/null
+	WAYSTAGE_TEST_PG=15 $(GO) test -tags sabotage -timeout 30m -count=1 -parallel 5 ./internal/sabotage
+
+sabotage-long: ## each deliberate bug must be noticed by the random histories, too
 	@scripts/postgresql.sh 15 >/dev/null
 	$(GO) test -c -tags sabotage -o bin/sabotage.test ./test/chaos
 	cd test/chaos && ../../bin/sabotage.test -test.run '^TestEveryBugIsFound$$' -test.timeout 0

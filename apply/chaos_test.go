@@ -302,6 +302,25 @@ func TestHazardZombie(t *testing.T) {
 		t.Error("the worker did not take the chain back by a new session")
 	}
 
+	// A successor has carried a change that is still in our worker's hands, and the row is again what it was before: the row alone
+	// does not tell our worker that its time is over.
+	r.upQ.set(func() { r.upQ.hold = true })
+	id = r.merge(upd("public.note", "3", map[string]any{"body": "three"}))[0]
+	was := r.text(r.source, "SELECT body FROM note WHERE id = 3")
+	successor := r.connect(r.sourceDSN)
+	r.exec(successor, "BEGIN", fmt.Sprintf("UPDATE waystage.progress SET seq = seq + 1, carries = '%d', worker = 'successor'", id),
+		"UPDATE public.note SET body = 'three' WHERE id = 3", "UPDATE public.note SET body = '"+was+"' WHERE id = 3")
+	r.upQ.set(func() { r.upQ.hold = false })
+	r.eventually("our worker waits for the chain", func() bool {
+		return r.text(r.source, "SELECT count(*)::text FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'") != "0"
+	})
+	r.exec(successor, "COMMIT")
+	r.settled()
+	r.wantVerdict(id, "applied")
+	if got := r.text(r.source, "SELECT body FROM note WHERE id = 3"); got != was {
+		t.Errorf("a fenced up wrote %q over %q", got, was)
+	}
+
 	// The same for down: its position is moved by another one, which it notices before it writes.
 	r.downQ.set(func() { r.downQ.hold = true })
 	r.foreign("UPDATE note SET n = 5 WHERE id = 3")
