@@ -2,7 +2,6 @@ package capture
 
 import (
 	"github.com/waystage/waystage/change"
-	"github.com/waystage/waystage/internal/sabotage"
 )
 
 // position is the bookkeeping of one run: what was received, what is durable at the target, and what the slot may be
@@ -48,9 +47,6 @@ func (p *position) inFlight() bool { return p.inTx || p.sent > p.durable }
 // flush is what the slot may be told: the target's durable position or, when nothing is in flight, the end of the log
 // that had nothing for us. A wrong value here loses data for ever.
 func (p *position) flush() change.LSN {
-	if sabotage.On(sabotage.AckEarly) {
-		return p.received
-	}
 	if p.inFlight() {
 		return p.durable
 	}

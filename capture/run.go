@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/waystage/waystage/change"
+	"github.com/waystage/waystage/internal/sabotage"
 )
 
 // run is the state of one session. Its fields belong to read, except for the channels.
@@ -152,6 +153,9 @@ func (r *run) chores() error {
 	}
 	if r.group.proof != nil { // whether this is the server whose log the target has is not known yet
 		flush = r.lastFlush
+	}
+	if sabotage.On(sabotage.AckEarly) {
+		flush = r.pos.received
 	}
 	if r.asked || flush > r.lastFlush || now.After(r.statusDue) {
 		if err := r.s.status(max(r.pos.write(), flush), flush, r.doubted); err != nil {

@@ -174,6 +174,67 @@ func TestResumeCarriesNewEdits(t *testing.T) {
 	}
 }
 
+// TestEditDuringASync: an edit made while a sync is under way is based on what the user saw then, whatever the sync brings.
+func TestEditDuringASync(t *testing.T) {
+	const edit = `UPDATE item SET val = 'later' WHERE id = 1`
+	during := func(t *testing.T, d *Device) Report {
+		t.Helper()
+		did := false
+		rep, err := d.Sync(context.Background(), SyncOptions{Progress: func(p Progress) {
+			if p.Stage == StageUpload && !did {
+				did = true
+				mustExec(t, d, edit)
+			}
+		}})
+		if err != nil || !did {
+			t.Fatalf("%v, edited: %t", err, did)
+		}
+		return rep
+	}
+	next := func(t *testing.T, srv *memServer, d *Device) { // somebody else was first: neither edit may win
+		t.Helper()
+		if v := one[string](t, d, `SELECT val FROM item WHERE id = 1`); v != "later" {
+			t.Fatalf("the edit made during the sync is gone: %q", v)
+		}
+		if rep := srv.mustSync(t, d); rep.Sent != 1 || rep.Rejected != 1 {
+			t.Fatalf("%+v", rep)
+		}
+		l, err := d.Rejects(context.Background())
+		if err != nil || len(l) == 0 || l[len(l)-1].Code != protocol.CodeStale || *l[len(l)-1].Sent["val"] != "later" {
+			t.Fatalf("%v %+v", err, l)
+		}
+		if v := one[string](t, d, `SELECT val FROM item WHERE id = 1`); v != "office" {
+			t.Fatalf("the row is %q", v)
+		}
+		srv.same(t, d)
+	}
+	t.Run("the earlier edit is rejected", func(t *testing.T) {
+		srv := newServer(t)
+		srv.foreign(item(1, "1", "old"))
+		d := srv.device(t, "a", Options{})
+		srv.mustSync(t, d)
+		mustExec(t, d, `UPDATE item SET val = 'earlier' WHERE id = 1`)
+		srv.foreign(item(1, "1", "office"))
+		if rep := during(t, d); rep.Sent != 1 || rep.Rejected != 1 {
+			t.Fatalf("%+v", rep)
+		}
+		next(t, srv, d)
+	})
+	t.Run("the row comes changed", func(t *testing.T) {
+		srv := newServer(t)
+		srv.foreign(item(1, "1", "old"))
+		srv.foreign(item(2, "1", "other"))
+		d := srv.device(t, "a", Options{})
+		srv.mustSync(t, d)
+		mustExec(t, d, `UPDATE item SET val = 'mine' WHERE id = 2`)
+		srv.foreign(item(1, "1", "office"))
+		if rep := during(t, d); rep.Sent != 1 || rep.Merged != 1 {
+			t.Fatalf("%+v", rep)
+		}
+		next(t, srv, d)
+	})
+}
+
 // TestLostReply: a reply that was lost on the server, none or one of its pages fetched, is asked for at once: a sync need
 // not last for as long as one waits for a page that never comes.
 func TestLostReply(t *testing.T) {

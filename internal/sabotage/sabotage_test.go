@@ -26,15 +26,15 @@ var catches = map[Bug]struct{ folder, test string }{
 	LeakKey:       {"stages", "TestStages/download"},
 	SkipTombstone: {"stages", "TestStages/download"},
 	OffByOne:      {"stages", "TestStages/commits_overtake"},
-	HalfPage:      {"device", "TestMachine"},
-	LogTwice:      {"device", "TestMachine"},
+	HalfPage:      {"device", "TestLostReply"},
+	LogTwice:      {"device", "TestConflict"},
 	SwallowBad:    {"stages", "TestStages/one_bad_record_is_rejected_alone"},
 	KeepRefused:   {"apply", "TestHazardRefusalWithoutForeignChange"},
 	MergeStale:    {"conflict", "TestMergeDecidesRuleD3"},
 	IgnoreGap:     {"apply", "TestHazardQueueLosesAndDoubles"},
 	TornSnapshot:  {"stages", "TestStages/one_snapshot"},
-	DropLater:     {"device", "TestMachine"},
-	MoveBase:      {"device", "TestMachine"},
+	DropLater:     {"device", "TestEditDuringASync"},
+	MoveBase:      {"device", "TestEditDuringASync"},
 }
 
 // TestEveryBugIsCaught runs each bug's test with and without the bug: it must fail with it, and pass without.

@@ -91,14 +91,20 @@ func (b *breaker) inject(f fault) error {
 	case "pause-server":
 		pause(h.server(f.Target), long)
 	case "zombie":
-		p := h.server(f.Target)
+		p, mirror, source := h.server(f.Target), h.links[f.Target+"-mirror"], h.links[f.Target+"-source"]
+		late := f.R%2 != 0 // what it sends to the source comes there when another has taken over
+		if late {
+			source.Hold(nettest.ToServer, true)
+			time.Sleep(time.Duration(50+f.R%400) * time.Millisecond)
+		}
 		p.Signal(syscall.SIGSTOP)
 		time.Sleep(50 * time.Millisecond)
-		h.links[f.Target+"-mirror"].Cut()
-		if f.R%2 == 0 { // else it can still write to the source when it wakes
-			h.links[f.Target+"-source"].Cut()
+		mirror.Cut()
+		if !late {
+			source.Cut()
 		}
 		time.Sleep(long)
+		source.Hold(nettest.ToServer, false)
 		p.Signal(syscall.SIGCONT)
 	case "kill-nats":
 		h.nats.Kill()

@@ -60,7 +60,7 @@ var faultKinds = []struct {
 	{"kill-servers", 1, []string{"all"}, 0, 500},
 	{"stop-server", 2, []string{"server-0", "server-1"}, 0, 300},
 	{"pause-server", 3, []string{"server-0", "server-1"}, 200, 3000},
-	{"zombie", 3, []string{"server-0", "server-1"}, 300, 3000}, // paused, its database connections are cut, and it wakes again
+	{"zombie", 5, []string{"server-0", "server-1"}, 300, 3000}, // paused, its database connections are cut, and it wakes again
 	{"kill-nats", 3, []string{"nats"}, 0, 800},
 	{"wipe-nats", 3, []string{"nats"}, 0, 500},
 	{"rewind-nats", 2, []string{"nats"}, 100, 1500}, // killed, and its store is what it was some time ago
