@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"strconv"
@@ -120,6 +121,9 @@ func (b *breaker) inject(f fault) error {
 		h.nats.Signal(syscall.SIGSTOP)
 		err := os.CopyFS(old, os.DirFS(h.natsStore))
 		h.nats.Signal(syscall.SIGCONT)
+		if errors.Is(err, fs.ErrNotExist) { // wiped a moment ago: there is no store yet to go back to
+			return os.RemoveAll(old)
+		}
 		if err == nil {
 			time.Sleep(long)
 			h.nats.Kill()
