@@ -94,6 +94,12 @@ func (a *app) check(ctx context.Context, conf Config) ([]schema.Finding, error) 
 			add(schema.OK, "definitions", "definitions", fmt.Sprintf("%d subscriptions, %d sets, %d groups, %d tables", len(defs.Subscriptions), len(defs.Sets), len(defs.Groups), len(tables)), "")
 		}
 	}
+	if defs != nil {
+		if v := versionInForce(ctx, conf.Mirror.DSN); v != nil && v.SHA256 != defs.SHA256() {
+			add(schema.Warning, "definitions_differ", "definitions", fmt.Sprintf("the file differs from version %d in the mirror, which is in force", v.Number),
+				"'waystage subscriptions plan' shows how, 'waystage subscriptions apply' takes the file over, 'waystage subscriptions export' prints the version")
+		}
+	}
 	looked, err := schema.Preflight(ctx, conf.Source.DSN, conf.Mirror.DSN, tables, slotSuffix(ctx, conf.Mirror.DSN))
 	if err != nil {
 		return nil, err
@@ -148,4 +154,18 @@ func (a *app) checkBroker(ctx context.Context, conf Config, add func(level schem
 		add(schema.Failure, "max_payload", "broker", fmt.Sprintf("max_payload is %s, the parts of a request need %s", human(size), human(queue.MaxPart+64<<10)),
 			"set max_payload: 1MB in nats-server.conf")
 	}
+}
+
+// versionInForce is the version in the mirror; nil before the first start, or when the mirror does not answer.
+func versionInForce(ctx context.Context, mirrorDSN string) *schema.Version {
+	conn, err := schema.Connect(ctx, mirrorDSN, "waystage-check")
+	if err != nil {
+		return nil
+	}
+	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }()
+	v, err := schema.LoadVersion(ctx, conn, 0)
+	if err != nil {
+		return nil
+	}
+	return v
 }

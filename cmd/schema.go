@@ -49,10 +49,14 @@ func definitionsOf(conf Config) (*schema.Definitions, error) {
 	return defs, nil
 }
 
-// withDefinitions is withMirror with the definitions.
+// withDefinitions is withMirror with the definitions in force.
 func (a *app) withDefinitions(ctx context.Context, do func(context.Context, Config, *pgxpool.Pool, *schema.Definitions) error) error {
 	return a.withMirror(ctx, func(ctx context.Context, conf Config, mirror *pgxpool.Pool) error {
-		defs, err := definitionsOf(conf)
+		v, err := stored(ctx, mirror, nil)
+		if err != nil {
+			return err
+		}
+		defs, err := parsed(v)
 		if err != nil {
 			return err
 		}
@@ -118,8 +122,8 @@ func newSchemaApply(a *app) *cobra.Command {
 	var f format
 	var resync []string
 	var yes bool
-	c := &cobra.Command{Use: "apply", Short: "Take over what has changed in the source's tables, and the definitions", Args: cobra.NoArgs,
-		Long: `Take over what has changed in the source's tables, and the definitions: mirror tables are altered, and their rows compared with the source's. Rows that
+	c := &cobra.Command{Use: "apply", Short: "Take over what has changed in the source's tables", Args: cobra.NoArgs,
+		Long: `Take over what has changed in the source's tables: mirror tables are altered, and their rows compared with the source's. Rows that
 are equal are not touched, and tables that nothing has happened to are not looked at; devices' records that wait go on, or are refused where the table
 has no place for them any more (schema_changed). It can be ended at any point and run again. Servers that run must be restarted afterwards: until then their
 merges and replies know the tables as they were.`,

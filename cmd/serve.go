@@ -70,16 +70,18 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	if err := c.Validate(); err != nil {
 		return err
 	}
-	defs, err := definitionsOf(c)
-	if err != nil {
-		return err
-	}
+	file, fileErr := definitionsOf(c) // counts at the first start only; afterwards the version in the mirror does (docs/adr/0009-definitions-in-force.md)
 
 	mirror, err := openPool(ctx, "mirror", c.Mirror.DSN, c.mirrorConnections())
 	if err != nil {
 		return err
 	}
 	defer mirror.Close()
+	if stored, err := anyVersion(ctx, mirror); err != nil {
+		return err
+	} else if !stored && fileErr != nil {
+		return fileErr
+	}
 	source, err := openPool(ctx, "source", c.Source.DSN, 4)
 	if err != nil {
 		return err
@@ -131,13 +133,21 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 		}
 	}()
 
-	done, err := schema.Setup(ctx, schema.SetupOptions{SourceDSN: c.Source.DSN, MirrorDSN: c.Mirror.DSN, Definitions: defs,
-		Recopy: c.Recopy, Progress: c.Progress, Log: log.Named("setup")})
+	done, err := schema.Setup(ctx, schema.SetupOptions{SourceDSN: c.Source.DSN, MirrorDSN: c.Mirror.DSN, Definitions: file, KeepStored: true,
+		Author: schema.Author{Who: "serve", Note: "first start"}, Recopy: c.Recopy, Progress: c.Progress, Log: log.Named("setup")})
 	if err != nil {
 		return setupFailure(c, err)
 	}
 	for _, w := range done.Warnings {
 		log.Warn("definitions", zap.Stringer("note", w))
+	}
+	switch {
+	case fileErr != nil:
+		log.Warn("the definitions file cannot be used; the version in the mirror is in force", zap.String("file", c.Definitions), zap.Error(fileErr),
+			zap.String("do", "waystage subscriptions export > FILE"))
+	case file.SHA256() != done.Definitions.SHA256():
+		log.Warn("the definitions file differs from the version in the mirror, which is in force", zap.String("file", c.Definitions),
+			zap.String("do", "waystage subscriptions plan; waystage subscriptions apply"))
 	}
 	setUp.Store(true)
 
@@ -418,6 +428,17 @@ func keep(d Duration) time.Duration {
 		return 100 * 365 * day
 	}
 	return time.Duration(d)
+}
+
+// anyVersion tells whether the mirror has definitions.
+func anyVersion(ctx context.Context, mirror *pgxpool.Pool) (bool, error) {
+	var there bool
+	err := mirror.QueryRow(ctx, `SELECT to_regclass('waystage.definition') IS NOT NULL`).Scan(&there)
+	if err != nil || !there {
+		return false, err
+	}
+	err = mirror.QueryRow(ctx, `SELECT EXISTS (SELECT FROM waystage.definition)`).Scan(&there)
+	return there, err
 }
 
 // definitionsFailure says that the definitions file cannot be used.

@@ -95,7 +95,7 @@ func (s *setup) apply(ctx context.Context, resync []string) (out []Applied, err 
 		if err := tx.QueryRow(ctx, "SELECT coalesce(max(version), 0) FROM waystage.definition").Scan(&before); err != nil {
 			return err
 		}
-		version, err := SaveDefinitions(ctx, tx, s.Definitions)
+		version, err := saveDefinitions(ctx, tx, s.Definitions, s.Author)
 		if err != nil || version == before {
 			return err
 		}

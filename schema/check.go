@@ -8,7 +8,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
@@ -145,7 +144,7 @@ const checkTimeout = 10 * time.Second
 
 // CheckLive has the mirror itself check every rows query: prepared and planned as role [ReaderRole] in a read only
 // transaction, by the extended protocol, which takes a single statement. The mirror tables must exist.
-func (d *Definitions) CheckLive(ctx context.Context, conn *pgx.Conn) ([]Problem, error) {
+func (d *Definitions) CheckLive(ctx context.Context, conn Beginner) ([]Problem, error) {
 	c := &checker{d: d}
 	for _, s := range d.Subscriptions {
 		if s.Key == "" || s.rows == nil || s.keyType == "" {
@@ -160,18 +159,20 @@ func (d *Definitions) CheckLive(ctx context.Context, conn *pgx.Conn) ([]Problem,
 
 const userParam, attrParam = "$1::pg_catalog.text", "$2::pg_catalog.jsonb"
 
-func (c *checker) live(ctx context.Context, conn *pgx.Conn, s *Subscription) error {
+func (c *checker) live(ctx context.Context, conn Beginner, s *Subscription) error {
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
-	tx, err := conn.BeginTx(ctx, pgx.TxOptions{AccessMode: pgx.ReadOnly})
+	tx, err := conn.Begin(ctx)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = tx.Rollback(context.WithoutCancel(ctx)) }()
-	if _, err := tx.Exec(ctx, "SET LOCAL ROLE "+ReaderRole); err != nil {
-		return err
+	for _, sql := range []string{"SET LOCAL transaction_read_only = on", "SET LOCAL ROLE " + ReaderRole} {
+		if _, err := tx.Exec(ctx, sql); err != nil {
+			return err
+		}
 	}
-	pg := conn.PgConn()
+	pg := tx.Conn().PgConn()
 	raw, err := pg.Prepare(ctx, "", s.rows.render(userParam, attrParam), nil)
 	if err != nil {
 		return c.refused(s, err, true)

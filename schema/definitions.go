@@ -60,16 +60,16 @@ type Subscription struct {
 
 // Set is a subscription set: what is synced in one session, in this order.
 type Set struct {
-	Name          string
-	Subscriptions []string
+	Name          string   `json:"name"`
+	Subscriptions []string `json:"subscriptions"`
 	place         place
 	places        []place
 }
 
 // Group gives its members sets.
 type Group struct {
-	Name   string
-	Sets   []string
+	Name   string   `json:"name"`
+	Sets   []string `json:"sets"`
 	place  place
 	places []place
 }

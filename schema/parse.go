@@ -18,6 +18,13 @@ const DefinitionsVersion = 1
 
 const maxDefinitions = 4 << 20 // bytes
 
+// The keys of a definitions file; definitions.schema.json has the same.
+var (
+	fileKeys         = []string{"version", "subscriptions", "sets", "groups"}
+	subscriptionKeys = []string{"table", "columns", "key", "rows", "direction", "allow", "reject", "conflict"}
+	groupKeys        = []string{"sets"}
+)
+
 var defName = regexp.MustCompile(`^[a-z0-9_-]{1,64}$`)
 
 // ParseDefinitions reads a definitions file. file is its name for messages. It is strict: an unknown or doubled setting is
@@ -75,7 +82,7 @@ func (p *parser) document(body []byte) {
 		return
 	}
 	var version bool
-	p.mapping(doc.Content[0], "the file", []string{"version", "subscriptions", "sets", "groups"}, func(key string, k, v *yaml.Node) {
+	p.mapping(doc.Content[0], "the file", fileKeys, func(key string, k, v *yaml.Node) {
 		switch key {
 		case "version":
 			version = true
@@ -145,7 +152,7 @@ func (p *parser) named(n *yaml.Node, what string, fn func(name string, k, v *yam
 
 func (p *parser) group(name string, k, v *yaml.Node) {
 	g := Group{Name: name, place: at(k)}
-	p.mapping(v, "a group", []string{"sets"}, func(_ string, _, v *yaml.Node) {
+	p.mapping(v, "a group", groupKeys, func(_ string, _, v *yaml.Node) {
 		g.Sets, g.places = p.list(v, "sets is a list of set names")
 	})
 	p.d.Groups = append(p.d.Groups, g)
@@ -154,7 +161,7 @@ func (p *parser) group(name string, k, v *yaml.Node) {
 func (p *parser) subscription(name string, k, v *yaml.Node) {
 	s := &Subscription{Name: name, Direction: TwoWay, Allow: "IUD", Reject: RejectRecord, Conflict: ConflictReject, place: at(k), places: map[string]place{}}
 	var allow, reject, policy *yaml.Node
-	p.mapping(v, "a subscription", []string{"table", "columns", "key", "rows", "direction", "allow", "reject", "conflict"}, func(key string, k, v *yaml.Node) {
+	p.mapping(v, "a subscription", subscriptionKeys, func(key string, k, v *yaml.Node) {
 		s.places[key] = at(v)
 		switch key {
 		case "table":

@@ -34,7 +34,9 @@ type CopyProgress struct {
 type SetupOptions struct {
 	SourceDSN   string
 	MirrorDSN   string
-	Definitions *Definitions // parsed, see ParseDefinitions
+	Definitions *Definitions // parsed, see ParseDefinitions; nil only with KeepStored
+	KeepStored  bool         // the version that is in force goes before Definitions, which are for the first set-up then
+	Author      Author       // of a new version
 	Workers     int          // parallel copies; 0: 4
 	Recopy      bool         // begin with a new epoch and copy everything anew
 	Progress    func(CopyProgress)
@@ -80,8 +82,8 @@ func Setup(ctx context.Context, o SetupOptions) (*SetupResult, error) {
 	if s.Workers <= 0 {
 		s.Workers = 4
 	}
-	if s.Definitions == nil {
-		return nil, errors.New("set-up: no definitions")
+	if s.Definitions == nil && !s.KeepStored {
+		return nil, fmt.Errorf("set-up: %w", ErrNoDefinitions)
 	}
 	if err := s.run(ctx); err != nil {
 		return nil, fmt.Errorf("set-up: %w", err)
@@ -137,6 +139,11 @@ func (s *setup) run(ctx context.Context) (err error) {
 	}
 	if s.result.Epoch, err = s.ensureEpoch(ctx); err != nil {
 		return err
+	}
+	if s.KeepStored {
+		if err := s.stored(ctx); err != nil {
+			return err
+		}
 	}
 	if err := s.readDefinitions(ctx, state == "done"); err != nil {
 		return err
@@ -356,7 +363,7 @@ func (s *setup) finish(ctx context.Context, run, down string) error {
 		if _, err := tx.Exec(ctx, "UPDATE waystage.synced_table SET copied = true WHERE id = ANY($1)", tableIDs(s.result.Tables)); err != nil {
 			return err
 		}
-		_, err := SaveDefinitions(ctx, tx, s.Definitions)
+		_, err := saveDefinitions(ctx, tx, s.Definitions, s.Author)
 		return err
 	})
 	if err != nil {
@@ -499,7 +506,7 @@ func (s *setup) resume(ctx context.Context) error {
 			added = append(added, t)
 		}
 	}
-	before, err := s.definitionsInMirror(ctx)
+	before, err := definitionsInMirror(ctx, s.mirror)
 	if err != nil {
 		return err
 	}
@@ -528,19 +535,21 @@ func (s *setup) resume(ctx context.Context) error {
 			return fmt.Errorf("add tables: %w", err)
 		}
 	}
-	if _, err = SaveDefinitions(ctx, s.mirror, s.Definitions); err != nil {
-		return err
-	}
-	after, err := s.definitionsInMirror(ctx)
-	if err != nil || after == before {
-		return err
-	}
-	return moveLayout(ctx, s.mirror) // other servers take it over
+	return pgx.BeginFunc(ctx, s.mirror, func(tx pgx.Tx) error {
+		if _, err := saveDefinitions(ctx, tx, s.Definitions, s.Author); err != nil {
+			return err
+		}
+		after, err := definitionsInMirror(ctx, tx)
+		if err != nil || after == before {
+			return err
+		}
+		return moveLayout(ctx, tx) // other servers take it over
+	})
 }
 
 // definitionsInMirror stands for the tables and the definitions in force.
-func (s *setup) definitionsInMirror(ctx context.Context) (sum string, err error) {
-	err = s.mirror.QueryRow(ctx, `SELECT md5((SELECT coalesce(string_agg(definition::text, ',' ORDER BY id), '') FROM waystage.synced_table)
+func definitionsInMirror(ctx context.Context, q Querier) (sum string, err error) {
+	err = q.QueryRow(ctx, `SELECT md5((SELECT coalesce(string_agg(definition::text, ',' ORDER BY id), '') FROM waystage.synced_table)
 		|| (SELECT coalesce(max(version), 0)::text FROM waystage.definition))`).Scan(&sum)
 	return sum, err
 }

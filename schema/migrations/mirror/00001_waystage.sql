@@ -29,12 +29,14 @@ CREATE TABLE waystage.synced_table (
 );
 INSERT INTO waystage.meta (key, value) VALUES ('layout', '1'); -- counts the changes of synced tables; workers reload when it moves
 
--- Subscription definitions; the highest version is in force.
+-- Versions of the subscription definitions; the highest is in force. Rows are only added: going back is a new version.
 CREATE TABLE waystage.definition (
-    version    int GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    body       text NOT NULL,
-    sha256     text NOT NULL,
-    applied_at timestamptz NOT NULL DEFAULT now()
+    version    int PRIMARY KEY,                 -- without gaps
+    body       text NOT NULL,                   -- the file as written
+    sha256     text NOT NULL,                   -- of the body, hex
+    applied_at timestamptz NOT NULL DEFAULT now(),
+    who        text NOT NULL DEFAULT '',        -- login that applied it; 'serve': taken from the file at the first start
+    note       text NOT NULL DEFAULT ''
 );
 
 CREATE TABLE waystage.app_user (

@@ -1,0 +1,115 @@
+package cmd
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/waystage/waystage/internal/nurse"
+	"github.com/waystage/waystage/schema"
+)
+
+// write makes a file in the operator's folder.
+func (o *operator) write(name, body string) (path string) {
+	o.t.Helper()
+	path = filepath.Join(o.dir, name)
+	if err := os.WriteFile(path, []byte(body), 0o600); err != nil {
+		o.t.Fatal(err)
+	}
+	return path
+}
+
+// TestSubscriptionsValidate: what is wrong with a definitions file is said with its place, by the file alone, by the source's
+// catalog and by the mirror itself; and nothing is changed.
+func TestSubscriptionsValidate(t *testing.T) {
+	if got := waystage(t, nil, "", "subscriptions", "schema"); got.code != exitOK || got.out != schema.JSONSchema() || !json.Valid([]byte(got.out)) {
+		t.Errorf("%+v", got)
+	}
+	o := newOperator(t)
+	alone := o.write("alone.yaml", "version: 1\nsubscriptions:\n  a: {table: vn.nurse, colums: [id]}\nsets:\n  s: [b]\n")
+	got := waystage(t, nil, "", "subscriptions", "validate", alone, "-c", filepath.Join(o.dir, "none.yaml"))
+	if got.code != exitUsage || !strings.Contains(got.out, alone+`:3:24: unknown setting "colums"; did you mean "columns"?`) ||
+		!strings.Contains(got.out, alone+`:5:7: no subscription "b"`) || !strings.Contains(got.err, "2 problems") {
+		t.Errorf("%+v", got)
+	}
+	o.init()
+	o.run(exitUsage, "", "subscriptions validate "+filepath.Join(o.dir, "missing.yaml"))
+	o.run(exitPrecondition, "", "subscriptions ls") // nothing is set up yet
+	for _, when := range []string{"before the first start", "set up"} {
+		if when == "set up" {
+			o.serve(nurse.Definitions(), "health.listen=")()
+		}
+		before := o.at(o.mirror, "SELECT count(*)::text FROM pg_class")
+		for _, c := range []struct{ body, at, want string }{
+			{"  a: {table: vn.nurze}\n", "", "does not exist at the source"},
+			{"  a: {table: vn.nurse, columns: [id, nam]}\n", ":3:38:", `no column "nam"`},
+			{"  a:\n    table: vn.visit\n    key: id\n    rows: SELECT id FROM vn.visit WHERE nobody = :user\n", ":6:", `column "nobody" does not exist`},
+			{"  a:\n    table: vn.visit\n    key: id\n    rows: SELECT 'x'::xml\n", ":6:", "values of type xml"},
+			{"  a:\n    table: vn.visit\n    key: id\n    rows: SELECT name::text::uuid FROM waystage.app_user\n", ":6:",
+				map[string]string{"set up": "permission denied", "before the first start": "does not exist"}[when]},
+			{"  a:\n    table: vn.visit\n    key: id\n    rows: SELECT id FROM vn.nowhere\n", ":6:", "does not exist"},
+		} {
+			file := o.write("file.yaml", "version: 1\nsubscriptions:\n"+c.body)
+			problems := data[[]schema.Problem](o, exitUsage, "subscriptions validate -o json "+file)
+			found := false
+			for _, p := range problems {
+				found = found || !p.Warning && strings.Contains(p.String(), c.at) && strings.Contains(p.Message, c.want) && (p.Remedy != "" || p.Table != "")
+			}
+			if !found {
+				t.Errorf("%s: %s gave %v", when, c.body, problems)
+			}
+		}
+		// A set whose rows refer to rows that nobody gets.
+		file := o.write("file.yaml", "version: 1\nsubscriptions:\n  v: {table: vn.visit}\nsets:\n  s: [v]\n")
+		if got := o.run(exitOK, "", "subscriptions validate "+file); !strings.Contains(got.out, "warning: "+file+":5:7: set \"s\" has vn.visit, whose") {
+			t.Errorf("%s: %+v", when, got)
+		}
+		if got := o.run(exitOK, "", "subscriptions validate --offline "+file); got.out != "" || !strings.Contains(got.err, "were not asked") {
+			t.Errorf("%s: %+v", when, got)
+		}
+		if after := o.at(o.mirror, "SELECT count(*)::text FROM pg_class"); after != before {
+			t.Errorf("%s: validate made something: %s relations, %s before", when, after, before)
+		}
+	}
+}
+
+// TestSubscriptionsVersions: the file counts at the first start; afterwards the version in the mirror does, and a file that
+// differs, or cannot be read, is said.
+func TestSubscriptionsVersions(t *testing.T) {
+	o := newOperator(t)
+	o.init()
+	first := nurse.Definitions()
+	o.serve(first, "health.listen=")()
+	list := data[[]schema.Version](o, exitOK, "subscriptions ls -o json")
+	if len(list) != 1 || list[0].Number != 1 || !list[0].Current || list[0].Who != "serve" || list[0].Bytes != len(first) {
+		t.Errorf("%+v", list)
+	}
+	if got := o.run(exitOK, "", "subscriptions export"); got.out != first {
+		t.Errorf("exported %q", got.out)
+	}
+	for _, body := range []string{"version: 1\nsubscriptions:\n  nurses: {table: vn.nurse}\n", "version: 7\n"} {
+		o.serve(body, "health.listen=")()
+		if got := o.run(exitOK, "", "subscriptions export 1"); got.out != first {
+			t.Errorf("exported %q", got.out)
+		}
+		if list := data[[]schema.Version](o, exitOK, "subscriptions ls -o json"); len(list) != 1 {
+			t.Errorf("%+v", list)
+		}
+	}
+	o.write("definitions.yaml", "version: 1\nsubscriptions:\n  nurses: {table: vn.nurse}\n")
+	if got := o.run(exitOK, "", "check"); !strings.Contains(got.out, "differs from version 1") {
+		t.Errorf("%+v", got)
+	}
+	shown := data[shownVersion](o, exitOK, "subscriptions show -o json")
+	if shown.Number != 1 || len(shown.Subscriptions) == 0 || len(shown.Sets) == 0 || len(shown.Groups) == 0 || len(shown.Subscriptions[0].Sets) == 0 {
+		t.Errorf("%+v", shown)
+	}
+	if got := o.run(exitOK, "", "subscriptions show 1"); !strings.Contains(got.out, "vn.visit") || !strings.Contains(got.err, "in force") {
+		t.Errorf("%+v", got)
+	}
+	o.run(exitPrecondition, "", "subscriptions show 2")
+	o.run(exitPrecondition, "", "subscriptions export 2")
+	o.run(exitUsage, "", "subscriptions export x")
+}

@@ -1,0 +1,98 @@
+package schema
+
+import (
+	"encoding/json"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/santhosh-tekuri/jsonschema/v6"
+	"go.yaml.in/yaml/v3"
+
+	"github.com/waystage/waystage/internal/nurse"
+)
+
+// TestJSONSchema holds the published schema and the parser together: what is wrong in form both refuse, what is right both take, and
+// both know the same keys and words.
+func TestJSONSchema(t *testing.T) {
+	doc, err := jsonschema.UnmarshalJSON(strings.NewReader(JSONSchema()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := jsonschema.NewCompiler()
+	if err := c.AddResource("definitions.schema.json", doc); err != nil {
+		t.Fatal(err)
+	}
+	published, err := c.Compile("definitions.schema.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	verdicts := func(body string) (bySchema, byParser error) {
+		t.Helper()
+		var v any
+		if err := yaml.Unmarshal([]byte(body), &v); err != nil {
+			t.Fatalf("%s: %v", body, err)
+		}
+		text, err := json.Marshal(v)
+		if err != nil {
+			t.Fatalf("%s: %v", body, err)
+		}
+		value, err := jsonschema.UnmarshalJSON(strings.NewReader(string(text)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, problems := ParseDefinitions("test.yaml", []byte(body))
+		_, byParser = Refusing(problems)
+		return published.Validate(value), byParser
+	}
+	with := func(setting string) string {
+		return "version: 1\nsubscriptions:\n  s:\n    table: public.t\n" + setting
+	}
+	right := []string{good, nurse.Definitions(), "version: 1\n", "version: 1\nsubscriptions:\nsets:\ngroups:\n"}
+	for _, s := range []string{"", "    columns: [a, b]\n", "    key: k\n    rows: SELECT 1\n", "    direction: two-way\n", "    direction: upload-only\n", "    direction: download-only\n",
+		"    direction: download-only\n    allow: []\n", "    direction: download-only\n    reject: record\n    conflict: reject\n",
+		"    allow: [delete, insert, update]\n", "    allow: []\n", "    reject: record\n", "    reject: transaction\n",
+		"    conflict: reject\n", "    conflict: columns\n", "    conflict: last-writer\n", "    conflict: source\n", "    conflict: {function: a.b}\n"} {
+		right = append(right, with(s))
+	}
+	for _, body := range right {
+		if s, p := verdicts(body); s != nil || p != nil {
+			t.Errorf("%s\nthe schema says %v\nthe parser says %v", body, s, p)
+		}
+	}
+	wrong := []string{"[]", "{}", "version: 2\n", "version: 1\nmore: 1\n", "version: 1\nsubscriptions: []\n", "version: 1\nsubscriptions: {s: {}}\n", "version: 1\nsubscriptions: {S: {table: a.b}}\n",
+		"version: 1\nsets: {s: []}\n", "version: 1\nsets: {s: x}\n", "version: 1\ngroups: {g: []}\n", "version: 1\ngroups: {g: {set: []}}\n", "version: 1\ngroups: {g: {sets: x}}\n"}
+	for _, s := range []string{"    colums: [a]\n", "    columns: []\n", "    columns: a\n", "    columns: [a, a]\n", "    key: k\n", "    rows: SELECT 1\n", "    key: ''\n    rows: SELECT 1\n",
+		"    direction: both\n", "    allow: [upsert]\n", "    allow: insert\n", "    allow: [insert, insert]\n", "    direction: download-only\n    allow: [insert]\n",
+		"    direction: download-only\n    reject: transaction\n", "    direction: download-only\n    conflict: source\n", "    reject: all\n", "    conflict: newest\n",
+		"    conflict: function\n", "    conflict: {}\n", "    conflict: {function: f}\n", "    conflict: {function: a.b, more: 1}\n"} {
+		wrong = append(wrong, with(s))
+	}
+	for _, body := range wrong {
+		if s, p := verdicts(body); s == nil || p == nil {
+			t.Errorf("%s\nthe schema says %v\nthe parser says %v", body, s, p)
+		}
+	}
+	root := doc.(map[string]any)
+	at := func(path ...string) map[string]any {
+		v := root
+		for _, p := range path {
+			v = v[p].(map[string]any)
+		}
+		return v
+	}
+	same := func(what string, m map[string]any, want []string) {
+		t.Helper()
+		var got []string
+		for k := range m {
+			got = append(got, k)
+		}
+		slices.Sort(got)
+		if want := slices.Sorted(slices.Values(want)); !slices.Equal(got, want) {
+			t.Errorf("%s: the schema has %q, the parser %q", what, got, want)
+		}
+	}
+	same("file", at("properties"), fileKeys)
+	same("subscription", at("$defs", "subscription", "properties"), subscriptionKeys)
+	same("group", at("properties", "groups", "additionalProperties", "properties"), groupKeys)
+}
