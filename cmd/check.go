@@ -97,7 +97,7 @@ func (a *app) check(ctx context.Context, conf Config) ([]schema.Finding, error) 
 	if defs != nil {
 		if v := versionInForce(ctx, conf.Mirror.DSN); v != nil && v.SHA256 != defs.SHA256() {
 			add(schema.Warning, "definitions_differ", "definitions", fmt.Sprintf("the file differs from version %d in the mirror, which is in force", v.Number),
-				"'waystage subscriptions plan' shows how, 'waystage subscriptions apply' takes the file over, 'waystage subscriptions export' prints the version")
+				"'waystage subscriptions apply' puts the file in force, 'waystage subscriptions export' prints the version")
 		}
 	}
 	looked, err := schema.Preflight(ctx, conf.Source.DSN, conf.Mirror.DSN, tables, slotSuffix(ctx, conf.Mirror.DSN))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strconv"
 	"strings"
 
@@ -134,16 +135,7 @@ merges and replies know the tables as they were.`,
 				}
 				done, err := schema.Apply(ctx, schema.ApplyOptions{Resync: resync, SetupOptions: schema.SetupOptions{
 					SourceDSN: conf.Source.DSN, MirrorDSN: conf.Mirror.DSN, Definitions: defs, Log: zap.NewNop()}})
-				number := func(n int64) string { return strconv.FormatInt(n, 10) }
-				if perr := printRows(a.out, f, done, []column[schema.Applied]{
-					{"table", func(d schema.Applied) string { return d.Table }},
-					{"action", func(d schema.Applied) string { return orDash(string(d.Action)) }},
-					{"compared", func(d schema.Applied) string { return number(d.Compared) }},
-					{"written", func(d schema.Applied) string { return number(d.Written) }},
-					{"removed", func(d schema.Applied) string { return number(d.Removed) }},
-					{"rebased", func(d schema.Applied) string { return number(d.Rebased) }},
-					{"refused", func(d schema.Applied) string { return number(d.Refused) }},
-				}); perr != nil {
+				if perr := printApplied(a.out, f, done); perr != nil {
 					return errors.Join(err, perr)
 				}
 				if err != nil {
@@ -159,6 +151,20 @@ merges and replies know the tables as they were.`,
 	c.Flags().BoolVar(&yes, "yes", false, "do not ask")
 	withOutput(c, &f)
 	return c
+}
+
+// printApplied prints what was done to tables.
+func printApplied(w io.Writer, f format, done []schema.Applied) error {
+	number := func(n int64) string { return strconv.FormatInt(n, 10) }
+	return printRows(w, f, done, []column[schema.Applied]{
+		{"table", func(d schema.Applied) string { return d.Table }},
+		{"action", func(d schema.Applied) string { return orDash(string(d.Action)) }},
+		{"compared", func(d schema.Applied) string { return number(d.Compared) }},
+		{"written", func(d schema.Applied) string { return number(d.Written) }},
+		{"removed", func(d schema.Applied) string { return number(d.Removed) }},
+		{"rebased", func(d schema.Applied) string { return number(d.Rebased) }},
+		{"refused", func(d schema.Applied) string { return number(d.Refused) }},
+	})
 }
 
 func schemaFailure(conf Config, err error) error {

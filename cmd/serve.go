@@ -147,7 +147,7 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 			zap.String("do", "waystage subscriptions export > FILE"))
 	case file.SHA256() != done.Definitions.SHA256():
 		log.Warn("the definitions file differs from the version in the mirror, which is in force", zap.String("file", c.Definitions),
-			zap.String("do", "waystage subscriptions plan; waystage subscriptions apply"))
+			zap.String("do", "waystage subscriptions apply"))
 	}
 	setUp.Store(true)
 

@@ -11,6 +11,7 @@ import (
 
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/spf13/cobra"
+	"go.uber.org/zap"
 
 	"github.com/waystage/waystage/schema"
 )
@@ -19,7 +20,8 @@ func newSubscriptions(a *app) *cobra.Command {
 	c := &cobra.Command{Use: "subscriptions", Short: "The definitions: which part of which table who gets and may change",
 		Long: `The definitions say which part of which table who gets and may change: subscriptions, sets and groups, in a YAML file. The mirror keeps every version that was
 ever in force. The file of the configuration counts at the first start; afterwards the newest version in the mirror is in force, whatever the file says.`}
-	c.AddCommand(newSubscriptionsValidate(a), newSubscriptionsLs(a), newSubscriptionsShow(a), newSubscriptionsExport(a), newSubscriptionsSchema(a))
+	c.AddCommand(newSubscriptionsValidate(a), newSubscriptionsLs(a), newSubscriptionsShow(a), newSubscriptionsExport(a), newSubscriptionsSchema(a),
+		newSubscriptionsApply(a), newSubscriptionsRollback(a))
 	return c
 }
 
@@ -308,4 +310,116 @@ func newSubscriptionsShow(a *app) *cobra.Command {
 		}}
 	withOutput(c, &f)
 	return c
+}
+
+func newSubscriptionsApply(a *app) *cobra.Command {
+	var f format
+	var note string
+	var yes bool
+	c := &cobra.Command{Use: "apply [FILE]", Short: "Put a definitions file in force, as a new version", Args: cobra.MaximumNArgs(1),
+		Long: `Put a definitions file in force as a new version, by default that of the configuration. It is checked first, as 'validate' does; one that is wrong changes nothing.
+New tables are copied while everything else goes on. It can be ended at any point and run again: the version that was in force stays so until the
+new one is complete.`,
+		RunE: func(c *cobra.Command, args []string) error {
+			return a.withMirror(c.Context(), func(ctx context.Context, conf Config, mirror *pgxpool.Pool) error {
+				file := definitionsFile(conf, args)
+				defs, problems, err := readDefinitions(file)
+				if err != nil {
+					return err
+				}
+				if _, err := schema.Refusing(problems); err != nil {
+					return notUsable(file, err)
+				}
+				return a.enforce(ctx, conf, mirror, f, defs, note, yes)
+			})
+		}}
+	c.ValidArgsFunction = completeFile
+	enforceFlags(c, &f, &note, &yes)
+	return c
+}
+
+func newSubscriptionsRollback(a *app) *cobra.Command {
+	var f format
+	var note string
+	var yes bool
+	c := &cobra.Command{Use: "rollback [VERSION]", Short: "Put an earlier version of the definitions in force again, as a new version", Args: cobra.MaximumNArgs(1),
+		Long: `Put an earlier version of the definitions in force again, by default the one before the present one. It becomes a new version with the old words: nothing
+of the history is lost, and a rollback can be rolled back. Everything else is as with 'apply'.`,
+		ValidArgsFunction: a.completeVersion,
+		RunE: func(c *cobra.Command, args []string) error {
+			return a.withMirror(c.Context(), func(ctx context.Context, conf Config, mirror *pgxpool.Pool) error {
+				now, err := stored(ctx, mirror, nil)
+				if err != nil {
+					return err
+				}
+				if len(args) == 0 {
+					if now.Number == 1 {
+						return &failure{code: exitPrecondition, what: "there is no version before version 1", remedy: "'waystage subscriptions apply' puts a file in force"}
+					}
+					args = []string{strconv.Itoa(now.Number - 1)}
+				}
+				v, err := stored(ctx, mirror, args)
+				if err != nil {
+					return err
+				}
+				defs, err := parsed(v)
+				if err != nil {
+					return err
+				}
+				if note == "" {
+					note = fmt.Sprintf("back to version %d", v.Number)
+				}
+				return a.enforce(ctx, conf, mirror, f, defs, note, yes)
+			})
+		}}
+	enforceFlags(c, &f, &note, &yes)
+	return c
+}
+
+func enforceFlags(c *cobra.Command, f *format, note *string, yes *bool) {
+	c.Flags().StringVar(note, "note", "", "why; kept with the version")
+	_ = c.RegisterFlagCompletionFunc("note", cobra.NoFileCompletions)
+	c.Flags().BoolVar(yes, "yes", false, "do not ask")
+	withOutput(c, f)
+}
+
+func notUsable(file string, err error) error {
+	return &failure{code: exitUsage, what: "the definitions cannot be used; those in force stay so", where: file, err: err, remedy: "'waystage subscriptions validate' names everything at once"}
+}
+
+// enforce puts definitions in force, once somebody has agreed.
+func (a *app) enforce(ctx context.Context, conf Config, mirror *pgxpool.Pool, f format, defs *schema.Definitions, note string, yes bool) error {
+	if len(note) > schema.MostNote || strings.ContainsFunc(note, func(r rune) bool { return r < ' ' || r == 0x7f }) {
+		return usage("--note takes one line of at most %d bytes", schema.MostNote)
+	}
+	now, err := stored(ctx, mirror, nil)
+	if err != nil {
+		return err
+	}
+	who, err := (&chosen{}).actor()
+	if err != nil {
+		return err
+	}
+	if defs.SHA256() == now.SHA256 {
+		a.say("version %d, which is in force, says the same: there is nothing to do but what an attempt that was cut off has left", now.Number)
+	} else if err := a.confirm(yes, fmt.Sprintf("This puts %s in force in place of version %d, for all devices", defs.File, now.Number), "apply"); err != nil {
+		return err
+	}
+	done, err := schema.Apply(ctx, schema.ApplyOptions{SetupOptions: schema.SetupOptions{SourceDSN: conf.Source.DSN, MirrorDSN: conf.Mirror.DSN, Definitions: defs,
+		Author: schema.Author{Who: who, Note: note}, Log: zap.NewNop()}})
+	if perr := printApplied(a.out, f, done); perr != nil {
+		return errors.Join(err, perr)
+	}
+	var problems *schema.ProblemsError
+	if errors.As(err, &problems) {
+		return notUsable(defs.File, problems)
+	}
+	if err != nil {
+		return schemaFailure(conf, err)
+	}
+	if now, err = stored(ctx, mirror, nil); err != nil {
+		return err
+	}
+	a.say("version %d is in force; restart the servers: they take it over then", now.Number)
+	return nil
 }

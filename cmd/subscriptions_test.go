@@ -113,3 +113,72 @@ func TestSubscriptionsVersions(t *testing.T) {
 	o.run(exitPrecondition, "", "subscriptions export 2")
 	o.run(exitUsage, "", "subscriptions export x")
 }
+
+// TestSubscriptionsApply: a file becomes a new version, also with a table more and another key; what is wrong changes nothing;
+// an earlier version can be had again.
+func TestSubscriptionsApply(t *testing.T) {
+	o := newOperator(t)
+	o.init()
+	stop := o.serve(nurse.Definitions(), "health.listen=")
+	defer stop()
+	version := func() string { return o.at(o.mirror, "SELECT max(version)::text FROM waystage.definition") }
+	few := o.write("few.yaml", "version: 1\nsubscriptions:\n  visits: {table: vn.visit}\n  nurses: {table: vn.nurse}\nsets:\n  all: [visits]\ngroups:\n  nurses: {sets: [all]}\n")
+	bad := o.write("bad.yaml", "version: 1\nsubscriptions:\n  visits:\n    table: vn.visit\n    key: id\n    rows: SELECT nothing FROM vn.visit\n")
+	o.at(o.source, "CREATE TABLE vn.more (id int PRIMARY KEY, owner text)")
+	o.at(o.source, "INSERT INTO vn.more SELECT i, 'o' || i % 3 FROM generate_series(1, 50) i")
+	more := o.write("more.yaml", strings.Replace(nurse.Definitions(), "subscriptions:\n", "subscriptions:\n  more:\n    table: vn.more\n    key: owner\n    rows: SELECT :user\n", 1))
+
+	for _, c := range []struct {
+		code       int
+		line, want string
+	}{
+		{exitUsage, "subscriptions apply --yes " + bad, bad + ":6:"},
+		{exitUsage, "subscriptions apply --yes " + o.write("form.yaml", "version: 3\n"), "version 3 is not known"},
+		{exitUsage, "subscriptions apply --yes " + o.dir + "/none.yaml", "none.yaml"},
+		{exitUsage, "subscriptions apply " + few, "--yes"}, // nobody can be asked
+		{exitPrecondition, "subscriptions rollback --yes", "before version 1"},
+		{exitPrecondition, "subscriptions rollback --yes 9", "no version 9"},
+		{exitUsage, "subscriptions apply --yes --note " + strings.Repeat("x", schema.MostNote+1), "--note"},
+	} {
+		if got := o.run(c.code, "", c.line); !strings.Contains(got.err, c.want) {
+			t.Errorf("%s: %s", c.line, got.err)
+		}
+		if got := version(); got != "1" {
+			t.Fatalf("%s: version %s", c.line, got)
+		}
+	}
+	if got := o.run(exitOK, "", "subscriptions apply --yes"); !strings.Contains(got.err, "says the same") || version() != "1" {
+		t.Errorf("%+v", got)
+	}
+	o.run(exitOK, "", "subscriptions apply --yes --note trial "+more)
+	if got := o.at(o.mirror, "SELECT count(*)::text FROM vn.more"); got != "50" {
+		t.Errorf("%s rows were copied", got)
+	}
+	list := data[[]schema.Version](o, exitOK, "subscriptions ls -o json")
+	if len(list) != 2 || list[0].Number != 2 || !list[0].Current || list[0].Note != "trial" || list[0].Who == "" || list[1].Current {
+		t.Errorf("%+v", list)
+	}
+	o.at(o.mirror, "DELETE FROM waystage.tombstone")
+	o.at(o.source, "DELETE FROM vn.more WHERE id = 7")
+	o.eventually("the tombstone has the key's value", func() bool { return o.at(o.mirror, "SELECT coalesce(max(val), '') FROM waystage.tombstone") == "o1" })
+	// Another key: tombstones have its values from the same commit on, and the index is another.
+	keyed := o.write("keyed.yaml", strings.Replace(nurse.Definitions(), "subscriptions:\n", "subscriptions:\n  more:\n    table: vn.more\n    key: id\n    rows: SELECT 3\n", 1))
+	o.run(exitOK, "", "subscriptions apply --yes "+keyed)
+	o.at(o.mirror, "DELETE FROM waystage.tombstone")
+	o.at(o.source, "DELETE FROM vn.more WHERE id = 3")
+	o.eventually("the tombstone has the other key's value", func() bool { return o.at(o.mirror, "SELECT coalesce(max(val), '') FROM waystage.tombstone") == "3" })
+	if got := o.at(o.mirror, "SELECT string_agg(indexdef, ';') FROM pg_indexes WHERE tablename = 'more' AND indexname LIKE '\\_ws%'"); !strings.Contains(got, "(id, _ws_version)") || strings.Contains(got, "owner") {
+		t.Errorf("indexes: %s", got)
+	}
+	o.run(exitOK, "", "subscriptions rollback --yes 1")
+	if list := data[[]schema.Version](o, exitOK, "subscriptions ls -o json"); len(list) != 4 || list[0].Note != "back to version 1" || list[0].SHA256 != list[3].SHA256 {
+		t.Errorf("%+v", list)
+	}
+	if got := o.run(exitOK, "", "subscriptions export"); got.out != nurse.Definitions() {
+		t.Errorf("%s", got.out)
+	}
+	o.run(exitOK, "", "subscriptions rollback --yes")
+	if list := data[[]schema.Version](o, exitOK, "subscriptions ls -o json"); list[0].SHA256 != list[2].SHA256 {
+		t.Errorf("%+v", list)
+	}
+}

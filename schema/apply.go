@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/jackc/pgx/v5"
 	"go.uber.org/zap"
@@ -72,36 +73,195 @@ func (s *setup) apply(ctx context.Context, resync []string) (out []Applied, err 
 	if err := s.agree(ctx, found); err != nil {
 		return nil, err
 	}
-	for _, i := range found {
+	act := func(i *Inspection) error {
 		a := Applied{Table: i.Table, Action: i.Action}
+		var err error
 		switch i.Action {
 		case ActRefresh:
 			err = s.refresh(ctx, i)
 		case ActRemove:
-			err = s.remove(ctx, i, &a)
+			err = s.patiently(ctx, reshapeWait, "the mirror table is read by replies that take long", func() error { return s.remove(ctx, i, &a) })
 		case ActResync, ActRebuild, ActAdd:
 			err = s.resync(ctx, i, &a)
 		}
 		if err != nil {
-			return out, fmt.Errorf("table %s: %w", i.Table, err)
+			return fmt.Errorf("table %s: %w", i.Table, err)
 		}
 		out = append(out, a)
+		return nil
+	}
+	if err := s.checkBefore(ctx, found); err != nil {
+		return nil, err
+	}
+	for _, i := range found {
+		if i.Action == ActRemove {
+			continue
+		}
+		if err := act(i); err != nil {
+			return out, err
+		}
 	}
 	if err := s.checkLive(ctx); err != nil {
 		return out, err
 	}
-	err = pgx.BeginFunc(ctx, s.mirror, func(tx pgx.Tx) error {
-		var before int
-		if err := tx.QueryRow(ctx, "SELECT coalesce(max(version), 0) FROM waystage.definition").Scan(&before); err != nil {
-			return err
+	if err := s.enforce(ctx); err != nil {
+		return out, fmt.Errorf("put the definitions in force: %w", err)
+	}
+	// Only now: until here the definitions before needed them.
+	for _, i := range found {
+		if i.Action == ActRemove {
+			if err := act(i); err != nil {
+				return out, err
+			}
 		}
-		version, err := saveDefinitions(ctx, tx, s.Definitions, s.Author)
-		if err != nil || version == before {
-			return err
+	}
+	return out, nil
+}
+
+// checkBefore has the mirror check the rows queries before anything is changed, with stand-ins for new tables. Where tables are to be
+// altered it cannot: then they are checked afterwards only.
+func (s *setup) checkBefore(ctx context.Context, found []*Inspection) error {
+	for _, i := range found {
+		if i.Stored != nil && (i.Action == ActResync || i.Action == ActRebuild) {
+			return nil
 		}
-		return moveLayout(ctx, tx)
+	}
+	tx, err := s.mirror.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = tx.Rollback(context.WithoutCancel(ctx)) }()
+	if err := standIn(ctx, tx, s.result.Tables); err != nil {
+		return fmt.Errorf("stand-ins for new tables: %w", err)
+	}
+	problems, err := s.Definitions.CheckLive(ctx, tx)
+	if err != nil {
+		return err
+	}
+	_, err = Refusing(problems)
+	return err
+}
+
+// enforce puts the definitions in force, and with them what the mirror tables need for them, in one commit. The tables are in step.
+func (s *setup) enforce(ctx context.Context) error {
+	tables, err := s.reindex(ctx)
+	if err != nil {
+		return err
+	}
+	err = s.patiently(ctx, reshapeWait, "mirror tables are written by transactions that take long", func() error {
+		return pgx.BeginFunc(ctx, s.mirror, func(tx pgx.Tx) error {
+			if _, err := tx.Exec(ctx, fmt.Sprintf("SET LOCAL lock_timeout = %d", fenceLock.Milliseconds())); err != nil {
+				return err
+			}
+			return s.enforceIn(ctx, tx, tables)
+		})
 	})
-	return out, err
+	if err != nil {
+		return err
+	}
+	return s.dropIndexes(ctx)
+}
+
+func (s *setup) enforceIn(ctx context.Context, tx pgx.Tx, tables []*Table) error {
+	// A tombstone's value is that of the subset key: down and merge are kept out while that changes, in the order of [setup.exclude].
+	var at string
+	if err := tx.QueryRow(ctx, "SELECT position::text FROM waystage.progress WHERE direction = 'down' FOR UPDATE").Scan(&at); err != nil {
+		return err
+	}
+	for _, t := range tables {
+		if _, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock($1, $2)", TableLockClass, t.ID); err != nil {
+			return err
+		}
+	}
+	if _, err := lockLayout(ctx, tx); err != nil {
+		return err
+	}
+	for _, t := range tables {
+		key, all := s.Definitions.SubsetKey(t.FullName())
+		for _, sql := range t.triggerDDL(key) {
+			if _, err := tx.Exec(ctx, sql); err != nil {
+				return fmt.Errorf("table %s: %w", t.FullName(), err)
+			}
+		}
+		if err := writeMeta(ctx, tx, t.ddlKey(), t.ddlHash(key, all, true)); err != nil {
+			return err
+		}
+	}
+	var before int
+	if err := tx.QueryRow(ctx, "SELECT coalesce(max(version), 0) FROM waystage.definition").Scan(&before); err != nil {
+		return err
+	}
+	version, err := saveDefinitions(ctx, tx, s.Definitions, s.Author)
+	if err != nil || version == before && len(tables) == 0 {
+		return err
+	}
+	return moveLayout(ctx, tx)
+}
+
+// reindex makes the subset indexes that the definitions need, beside those that are there, while the tables are written; it returns
+// the tables of which something else must be changed too, by number.
+func (s *setup) reindex(ctx context.Context) (changed []*Table, err error) {
+	stored, err := LoadTables(ctx, s.mirror)
+	if err != nil {
+		return nil, err
+	}
+	wanted := s.Definitions.TableNames()
+	for _, t := range stored {
+		if !slices.Contains(wanted, t.FullName()) {
+			continue // it stays in step, for nobody
+		}
+		key, all := s.Definitions.SubsetKey(t.FullName())
+		have, err := readMeta(ctx, s.mirror, t.ddlKey())
+		if err != nil {
+			return nil, err
+		}
+		if have == t.ddlHash(key, all, true) {
+			continue
+		}
+		changed = append(changed, t)
+		for name, columns := range t.indexes(key, all) {
+			// One that was cut off is there and of no use.
+			var broken bool
+			ident := Quote(t.Schema) + "." + Quote(name)
+			if err := s.mirror.QueryRow(ctx, "SELECT EXISTS (SELECT 1 FROM pg_index WHERE indexrelid = to_regclass($1) AND NOT indisvalid)", ident).Scan(&broken); err != nil {
+				return nil, err
+			}
+			if broken {
+				if _, err := s.mirror.Exec(ctx, "DROP INDEX CONCURRENTLY IF EXISTS "+ident); err != nil {
+					return nil, err
+				}
+			}
+			if _, err := s.mirror.Exec(ctx, "CREATE INDEX CONCURRENTLY IF NOT EXISTS "+Quote(name)+" ON "+t.Ident()+" ("+columns+")"); err != nil {
+				return nil, fmt.Errorf("index of %s: %w", t.FullName(), err)
+			}
+		}
+	}
+	slices.SortFunc(changed, func(a, b *Table) int { return a.ID - b.ID })
+	return changed, nil
+}
+
+// dropIndexes drops subset indexes that the definitions do not need any more.
+func (s *setup) dropIndexes(ctx context.Context) error {
+	stored, err := LoadTables(ctx, s.mirror)
+	if err != nil {
+		return err
+	}
+	wanted := s.Definitions.TableNames()
+	for _, t := range stored {
+		if !slices.Contains(wanted, t.FullName()) {
+			continue
+		}
+		drops, err := subsetIndexDrops(ctx, s.mirror, t, t.indexes(s.Definitions.SubsetKey(t.FullName())))
+		if err != nil {
+			return err
+		}
+		for _, sql := range drops {
+			if _, err := s.mirror.Exec(ctx, strings.Replace(sql, "DROP INDEX ", "DROP INDEX CONCURRENTLY IF EXISTS ", 1)); err != nil {
+				return fmt.Errorf("index of %s: %w", t.FullName(), err)
+			}
+		}
+	}
+	return nil
 }
 
 // standing makes sure that there is a set-up, of these two databases, that a stream still feeds.
@@ -226,8 +386,18 @@ func storeTable(ctx context.Context, tx pgx.Tx, t *Table) error {
 // remove ends a table that is wanted no more.
 func (s *setup) remove(ctx context.Context, i *Inspection, a *Applied) error {
 	return pgx.BeginFunc(ctx, s.mirror, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, fmt.Sprintf("SET LOCAL lock_timeout = %d", fenceLock.Milliseconds())); err != nil {
+			return err
+		}
 		if err := s.exclude(ctx, tx, i.Stored.ID); err != nil {
 			return err
+		}
+		// Records that are staged get their verdict from the merge, as those of a table that it does not know.
+		partition := "waystage_staging." + Quote(i.Stored.stagingName())
+		for _, sql := range []string{"ALTER TABLE waystage.staging DETACH PARTITION " + partition, "INSERT INTO waystage.staging SELECT * FROM " + partition} {
+			if _, err := tx.Exec(ctx, sql); err != nil {
+				return err
+			}
 		}
 		var err error
 		if a.Refused, err = refusePending(ctx, tx, i.Stored.ID, "the table was taken out of synchronisation"); err != nil {

@@ -52,7 +52,8 @@ func InitDefinitions(ctx context.Context, source *pgx.Conn) (string, error) {
 }
 
 const definitionsHead = `# What devices hold and may change. Written by waystage init from the tables of the source; edit it, then check it
-# with ` + "`waystage check`" + `. It takes effect at the next start of waystage serve.
+# with ` + "`waystage check`" + `. The first start of waystage serve puts it in force; what you change later,
+# ` + "`waystage subscriptions apply`" + ` does. Every key: docs/subscriptions.md.
 version: 1
 
 # A subscription is a part of one table:
