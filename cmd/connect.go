@@ -82,7 +82,7 @@ func refusal(what string, err error) error {
 	}
 	code := exitPrecondition
 	switch r.ErrorCode() {
-	case protocol.CodeName, "invalid_password", protocol.CodeKey:
+	case protocol.CodeName, "invalid_password", "invalid_attribute", protocol.CodeKey:
 		code = exitUsage
 	case protocol.CodeBlocked, "credentials":
 		code = exitAuth

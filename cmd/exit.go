@@ -15,7 +15,7 @@ const (
 	exitOK           = 0
 	exitFailed       = 1   // something went wrong that none of the others names
 	exitUsage        = 2   // flags, arguments or configuration are wrong
-	exitRejected     = 3   // the sync is complete, and records were rejected
+	exitRejected     = 3   // the sync or import is complete, and records or lines were rejected
 	exitAuth         = 4   // wrong password, blocked, or not allowed
 	exitUnreachable  = 5   // a server did not answer: trying again may help
 	exitPrecondition = 6   // the state of things does not allow it (exists already, a preflight check failed)

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype"
 )
 
 // Check holds the definitions against the tables: that what they name exists, that keys are included, that a device can
@@ -173,7 +174,8 @@ func (c *checker) live(ctx context.Context, conn Beginner, s *Subscription) erro
 		}
 	}
 	pg := tx.Conn().PgConn()
-	raw, err := pg.Prepare(ctx, "", s.rows.render(userParam, attrParam), nil)
+	// The types are told: a query that reads attributes alone says nothing of $1.
+	raw, err := pg.Prepare(ctx, "", s.rows.render(userParam, attrParam), []uint32{pgtype.TextOID, pgtype.JSONBOID})
 	if err != nil {
 		return c.refused(s, err, true)
 	}

@@ -170,6 +170,7 @@ subscriptions:
       select owner from public.a
       where t = :user or t = :user.region
   plain: {table: public.plain}
+  attribute: {table: public.a, key: owner, rows: "select owner from public.a where t = :user.region"}
 `)
 	_, _, tables, dsn := mirrored(t, d, "CREATE TABLE public.a (id int PRIMARY KEY, owner bigint, t text)", "CREATE TABLE public.plain (id int PRIMARY KEY)")
 	conn := connect(t, dsn)

@@ -28,7 +28,7 @@ func (r *Registry) Password(ctx context.Context, user, device, password string) 
 	if err != nil && !unknown {
 		return wrap("password login", err)
 	}
-	if unknown {
+	if unknown = unknown || phc == noPassword; unknown {
 		phc = r.hash.decoy() // the same work as for a known user, or the time would tell
 	}
 	ok, err := r.hash.verify(ctx, phc, password)

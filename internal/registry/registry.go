@@ -22,8 +22,14 @@ import (
 	"github.com/waystage/waystage/protocol"
 )
 
-// MaxDevices bounds the devices of one user: with a user's password anybody can make device names up.
-const MaxDevices = 256
+// Bounds of one user. MaxDevices: with a user's password anybody can make device names up.
+const (
+	MaxDevices    = 256
+	MaxGroups     = 64
+	MaxAttributes = 64
+
+	maxAttribute = 1024 // bytes of a value
+)
 
 // Refusal is an error that the caller can do something about: not a failure of the database.
 type Refusal struct {
@@ -39,6 +45,8 @@ func (r *Refusal) ErrorCode() protocol.Code { return r.code }
 // Refusals.
 var (
 	ErrName          = &Refusal{protocol.CodeName, "the name is not valid: use 1 to 64 of a-z, 0-9, '_' and '-'"}
+	ErrAttribute     = &Refusal{"invalid_attribute", fmt.Sprintf("an attribute is not valid: names are 1 to 63 letters, digits and '_' and begin with no digit, values up to %d bytes of UTF-8 without NUL; a user has at most %d", maxAttribute, MaxAttributes)}
+	ErrGroups        = &Refusal{"too_many_groups", fmt.Sprintf("a user can be in at most %d groups", MaxGroups)}
 	ErrPassword      = &Refusal{"invalid_password", "the password is not usable: use 8 to 1024 bytes"}
 	ErrCredentials   = &Refusal{"credentials", "unknown user, wrong password or unknown device key"}
 	ErrBlocked       = &Refusal{protocol.CodeBlocked, "the user or device is blocked: ask the operator to unblock it"}
@@ -70,6 +78,7 @@ type User struct {
 	Name       string            `json:"name"`
 	Groups     []string          `json:"groups"`
 	Attributes map[string]string `json:"attributes,omitempty"`
+	Password   bool              `json:"password"` // has one; without, devices are enrolled by token or by the company's provider
 	Blocked    bool              `json:"blocked"`
 	Devices    int               `json:"devices"` // number of devices
 	CreatedAt  time.Time         `json:"created_at"`
@@ -89,73 +98,11 @@ type Device struct {
 	OldestUnsentAt *time.Time `json:"oldest_unsent_at,omitempty"`
 }
 
-// AddUser adds a user who logs in with the password.
-func (r *Registry) AddUser(ctx context.Context, name, password string, groups ...string) error {
-	if !protocol.ValidName(name) {
-		return ErrName
-	}
-	for _, g := range groups {
-		if !protocol.ValidName(g) {
-			return fmt.Errorf("group %q: %w", g, ErrName)
-		}
-	}
-	phc, err := r.hash.make(ctx, password)
-	if err != nil {
-		return err
-	}
-	if groups == nil {
-		groups = []string{}
-	}
-	_, err = r.pool.Exec(ctx, `INSERT INTO waystage.app_user (name, password_hash, groups) VALUES ($1, $2, $3)`, name, phc, groups)
-	if isUnique(err) {
-		return ErrUserExists
-	}
-	return wrap("add user", err)
-}
-
-// SetPassword changes a user's password. Devices that are enrolled keep their keys.
-func (r *Registry) SetPassword(ctx context.Context, name, password string) error {
-	phc, err := r.hash.make(ctx, password)
-	if err != nil {
-		return err
-	}
-	return r.one(ctx, "set password", ErrUnknownUser, `UPDATE waystage.app_user SET password_hash = $2 WHERE name = $1`, name, phc)
-}
-
-// SetGroups replaces the groups that a user belongs to.
-func (r *Registry) SetGroups(ctx context.Context, name string, groups []string) error {
-	for _, g := range groups {
-		if !protocol.ValidName(g) {
-			return fmt.Errorf("group %q: %w", g, ErrName)
-		}
-	}
-	if groups == nil {
-		groups = []string{}
-	}
-	return r.one(ctx, "set groups", ErrUnknownUser, `UPDATE waystage.app_user SET groups = $2 WHERE name = $1`, name, groups)
-}
-
 // RemoveUser removes a user with all devices and what the server keeps for them, and closes their connections.
 func (r *Registry) RemoveUser(ctx context.Context, name string) error {
 	return r.one(ctx, "remove user", ErrUnknownUser,
 		`WITH gone AS (DELETE FROM waystage.app_user WHERE name = $1 RETURNING name)
 		 SELECT pg_notify('`+channel+`', name || '/') FROM gone`, name)
-}
-
-// ListUsers lists all users by name, but for the one that operators submit as.
-func (r *Registry) ListUsers(ctx context.Context) ([]User, error) {
-	rows, err := r.pool.Query(ctx, `
-		SELECT u.name, u.groups, u.attributes, u.blocked, u.created_at, count(d.id)
-		  FROM waystage.app_user u LEFT JOIN waystage.device d ON d.user_name = u.name
-		 WHERE u.name <> $1 GROUP BY u.name ORDER BY u.name`, protocol.OperatorUser)
-	if err != nil {
-		return nil, wrap("list users", err)
-	}
-	users, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (u User, err error) {
-		err = row.Scan(&u.Name, &u.Groups, &u.Attributes, &u.Blocked, &u.CreatedAt, &u.Devices)
-		return u, err
-	})
-	return users, wrap("list users", err)
 }
 
 // BlockUser keeps a user out and closes the connections of all the user's devices.
@@ -285,7 +232,11 @@ func wrap(what string, err error) error {
 	return fmt.Errorf("registry: %s: %w", what, err)
 }
 
-func isUnique(err error) bool {
+func isUnique(err error) bool { return hasState(err, "23505") }
+
+func isCheck(err error) bool { return hasState(err, "23514") }
+
+func hasState(err error, state string) bool {
 	var pg *pgconn.PgError
-	return errors.As(err, &pg) && pg.Code == "23505"
+	return errors.As(err, &pg) && pg.Code == state
 }

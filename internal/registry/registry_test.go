@@ -99,7 +99,7 @@ func TestUsersAndPasswords(t *testing.T) {
 	want(t, "password of nobody", r.SetPassword(ctx, "mallory", "new password"), registry.ErrUnknownUser)
 
 	must(t, r.SetGroups(ctx, "bob", []string{"doctors"}))
-	users, err := r.ListUsers(ctx)
+	users, err := r.ListUsers(ctx, "")
 	must(t, err)
 	if len(users) != 2 || users[0].Name != "alice" || users[0].Devices != 1 || strings.Join(users[0].Groups, " ") != "nurses north" ||
 		users[1].Devices != 0 || users[1].Groups[0] != "doctors" || users[1].CreatedAt.IsZero() {

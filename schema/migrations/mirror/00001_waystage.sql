@@ -41,9 +41,10 @@ CREATE TABLE waystage.definition (
 
 CREATE TABLE waystage.app_user (
     name          text PRIMARY KEY,
-    password_hash text NOT NULL,               -- argon2id, PHC string
-    groups        text[] NOT NULL DEFAULT '{}',
-    attributes    jsonb NOT NULL DEFAULT '{}',
+    password_hash text NOT NULL,               -- argon2id, PHC string; '!': none
+    groups        text[] NOT NULL DEFAULT '{}' CHECK (cardinality(groups) <= 64),
+    attributes    jsonb NOT NULL DEFAULT '{}'  -- {name: text}
+        CHECK (jsonb_typeof(attributes) = 'object' AND jsonb_array_length(jsonb_path_query_array(attributes, '$.keyvalue()')) <= 64),
     blocked       boolean NOT NULL DEFAULT false,
     created_at    timestamptz NOT NULL DEFAULT now()
 );
