@@ -138,28 +138,36 @@ func newEnrol(a *app, path *string) *cobra.Command {
 func newSync(a *app, path *string) *cobra.Command {
 	var o device.SyncOptions
 	var f format
-	var every time.Duration
+	var s schedule
 	var between string
 	c := &cobra.Command{Use: "sync", Short: "Send what changed, fetch what changed", Args: cobra.NoArgs,
 		Long: `Send what changed in the file, fetch what changed at the server. Cancelled anywhere, the next sync goes on where this one stopped.
-With --every it syncs again and again (one after the other) until it is interrupted. Exit code 3: complete, and records were rejected.`,
-		RunE: func(c *cobra.Command, _ []string) error {
+With --watch it stays connected and syncs as soon as something waits at the server or was edited in the file; with --every it syncs by the
+clock; both until it is interrupted, one sync after the other. Exit code 3: complete, and records were rejected.`,
+		RunE: func(c *cobra.Command, _ []string) (err error) {
 			if o.Wait != protocol.WaitMerge && o.Wait != protocol.WaitSource {
 				return usage("--wait wants merge or source, not %q", o.Wait)
 			}
-			hours, err := parseHours(between)
-			if err != nil {
+			if s.between, err = parseHours(between); err != nil {
 				return err
 			}
-			if every > 0 {
-				return a.syncEvery(c.Context(), *path, o, f, every, hours)
+			switch {
+			case c.Flags().Changed("every") && s.every < time.Second:
+				return usage("--every wants a time of a second or more, such as 10m, not %s", s.every)
+			case s.watch && s.every == 0:
+				s.every = watchEvery
+			case s.every == 0 && between != "":
+				return usage("--between goes with --every or --watch")
+			case s.every == 0:
+				return a.sync(c.Context(), *path, o, f)
 			}
-			return a.sync(c.Context(), *path, o, f)
+			return a.syncBy(c.Context(), *path, o, f, s)
 		}}
 	c.Flags().StringVar(&o.Wait, "wait", protocol.WaitMerge, "what the reply waits for: merge, or source (bounded) for the source's verdict")
 	c.Flags().StringSliceVar(&o.Sets, "only", nil, "only this subscription set; may be given often")
-	c.Flags().DurationVar(&every, "every", 0, "sync again after this time, until interrupted")
-	c.Flags().StringVar(&between, "between", "", "with --every: only at these hours, e.g. 09:00-22:00")
+	c.Flags().BoolVarP(&s.watch, "watch", "w", false, "stay connected, and sync when something waits at the server or was edited, until interrupted")
+	c.Flags().DurationVar(&s.every, "every", 0, "sync again after this time, until interrupted; with --watch: at the latest (default "+span(watchEvery)+")")
+	c.Flags().StringVar(&between, "between", "", "with --every or --watch: only at these hours, e.g. 09:00-22:00")
 	withOutput(c, &f)
 	return c
 }
@@ -220,56 +228,6 @@ func (a *app) printReport(r device.Report) {
 	}
 	if r.Forked {
 		a.say("note: the file goes on under a new incarnation (it was restored or copied, or the mirror was made anew); its edits were kept")
-	}
-}
-
-// syncEvery repeats. What can mend itself is told and tried again; the rest ends it.
-func (a *app) syncEvery(ctx context.Context, path string, o device.SyncOptions, f format, every time.Duration, hours hours) error {
-	for {
-		now := time.Now()
-		if hours.include(now) {
-			err := a.sync(ctx, path, o, f)
-			switch code := exitCode(err); code {
-			case exitOK, exitRejected:
-			case exitUnreachable, exitFailed:
-				report(a.err, err)
-			default:
-				return err
-			}
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(every):
-		}
-	}
-}
-
-// hours is a span of the day; the zero value is all of it. It may go over midnight.
-type hours struct{ from, to int } // minutes since midnight
-
-func parseHours(s string) (hours, error) {
-	if s == "" {
-		return hours{}, nil
-	}
-	from, to, ok := strings.Cut(s, "-")
-	a, err1 := time.Parse("15:04", strings.TrimSpace(from))
-	b, err2 := time.Parse("15:04", strings.TrimSpace(to))
-	if !ok || err1 != nil || err2 != nil {
-		return hours{}, usage("--between wants hours such as 09:00-22:00, not %q", s)
-	}
-	return hours{a.Hour()*60 + a.Minute(), b.Hour()*60 + b.Minute()}, nil
-}
-
-func (h hours) include(t time.Time) bool {
-	m := t.Hour()*60 + t.Minute()
-	switch {
-	case h.from == h.to:
-		return true
-	case h.from < h.to:
-		return m >= h.from && m < h.to
-	default:
-		return m >= h.from || m < h.to
 	}
 }
 

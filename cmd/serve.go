@@ -48,6 +48,7 @@ const grace = 30 * time.Second
 //	       │    ├─ callout                       1   decides devices' logins for the broker
 //	       │    ├─ registry watch                1   closes connections of who is blocked
 //	       │    ├─ kicks                         3   intake, merge, reply: "there is work"
+//	       │    ├─ watch                         1   what waits for connected devices
 //	       │    ├─ pool settings                 1   "the operator has changed something"
 //	       │    └─ prune                         1   what the retention times have passed
 //	       │
@@ -175,8 +176,10 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	intake := stages.NewIntake(stages.IntakeConfig{Limits: limits}, mirror, current, input{q}, q, kick, log.Named("intake"))
 	merge := stages.NewMerge(stages.MergeConfig{}, mirror, current, kick, log.Named("merge"))
 	reply := stages.NewReply(stages.ReplyConfig{PageSize: int(c.Limits.Page), WaitSource: time.Duration(c.Reply.WaitSource)}, mirror, current, q, log.Named("reply"))
+	watch := stages.NewWatch(stages.WatchConfig{}, reply, log.Named("watch"))
+	sup.Go(func() error { return watch.Run(support) })
 	sessions := stages.NewSessions(mirror)
-	gateway := queue.NewGateway(q, queue.GatewayConfig{Hold: time.Duration(c.Reply.Hold), Applied: sessions.Close},
+	gateway := queue.NewGateway(q, queue.GatewayConfig{Hold: time.Duration(c.Reply.Hold), Applied: sessions.Close, News: watch.News},
 		enroller(users, mirror, done.Definitions, done.Epoch), sessions.Status, log)
 	captureUp := capture.New(capture.Config{Direction: capture.Up, Server: c.Mirror.DSN, Mirror: c.Mirror.DSN, Slot: schema.SlotUp(done.Epoch),
 		Publication: schema.PublicationUp, Queue: publisher{q, queue.Up}, Log: log})
@@ -272,7 +275,7 @@ func await(ctx context.Context, signal <-chan struct{}, atMost time.Duration) {
 // mirrorConnections is how many connections to the mirror this process's stages use at the same time.
 func (c *Config) mirrorConnections() int {
 	p := c.Pools
-	return p.Intake + p.Merge + p.Reply + p.Gateway + 12
+	return p.Intake + p.Merge + p.Reply + p.Gateway + 13
 }
 
 // forwardKicks wakes pools when there is work, and when their settings have changed.

@@ -89,10 +89,11 @@ type natsTransport struct {
 	user, device string
 }
 
-// Timeouts of one call. The gateway holds a get for up to five seconds.
+// Timeouts of one call. The gateway holds a get for up to five seconds, a watch for half a minute.
 const (
-	callTimeout = 10 * time.Second
-	getTimeout  = 20 * time.Second
+	callTimeout  = 10 * time.Second
+	getTimeout   = 20 * time.Second
+	watchTimeout = 45 * time.Second
 )
 
 func (t *natsTransport) call(ctx context.Context, timeout time.Duration, p Payload, verb string, tokens ...string) (*nats.Msg, error) {
@@ -193,6 +194,15 @@ func (t *natsTransport) Status(ctx context.Context, session string) (protocol.St
 	m, err := t.call(ctx, callTimeout, Payload{}, protocol.VerbStatus, session)
 	// Status.Error is the state of the session, not a refusal of the call.
 	return answer(m, err, func(*protocol.Status) *protocol.Error { return nil })
+}
+
+func (t *natsTransport) News(ctx context.Context, ask protocol.Watch) (protocol.News, error) {
+	data, err := json.Marshal(ask)
+	if err != nil {
+		return protocol.News{}, err
+	}
+	m, err := t.call(ctx, watchTimeout, Payload{ContentType: protocol.ContentJSON, Data: data}, protocol.VerbWatch)
+	return answer(m, err, func(a *protocol.News) *protocol.Error { return a.Error })
 }
 
 func (t *natsTransport) Close() error {

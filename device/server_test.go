@@ -46,6 +46,9 @@ type memServer struct {
 	deaf      map[string]bool     // devices that are blocked
 	taken     func(*request)      // told of each new session; nil: nobody
 
+	asked []protocol.Watch // calls of devices that wait for news
+	news  chan []string    // answers to them
+
 	history  map[string]image // "table key version": every image that was ever sent
 	problems []string         // broken invariants
 }
@@ -107,7 +110,7 @@ func newServer(t testing.TB) *memServer {
 		epoch: "e1", tx: 1, perPage: 3, sets: []string{"items", "notes"},
 		rows: map[string]map[string]*mrow{"public.item": {}, "public.note": {}}, incs: map[string]*incarnation{}, curs: map[string]cursor{},
 		out: map[string]map[int]Payload{}, parts: map[string]map[string]Payload{}, seen: map[string]*request{}, nkeys: map[string]string{},
-		subset: map[string]bool{"1": true, "2": true}, history: map[string]image{}, deaf: map[string]bool{},
+		subset: map[string]bool{"1": true, "2": true}, history: map[string]image{}, deaf: map[string]bool{}, news: make(chan []string),
 		defs: map[string]*protocol.Definitions{
 			"items": {Hash: "i1", Tables: []protocol.Table{{
 				Name: "public.item", Key: []string{"id"}, SubsetKey: "grp", Operations: "IUD",

@@ -16,6 +16,8 @@ type Transport interface {
 	Get(ctx context.Context, session string, page int) (Payload, error)
 	Ack(ctx context.Context, session string) error
 	Status(ctx context.Context, session string) (protocol.Status, error)
+	// News waits until a sync would bring something, or the server does not hold the call any longer: then it names no set.
+	News(ctx context.Context, ask protocol.Watch) (protocol.News, error)
 	Close() error
 }
 

@@ -136,6 +136,22 @@ func (w *wire) Status(_ context.Context, session string) (st protocol.Status, er
 	return st, err
 }
 
+func (w *wire) News(ctx context.Context, ask protocol.Watch) (n protocol.News, err error) {
+	err = w.do("watch", func() error {
+		w.s.asked = append(w.s.asked, ask)
+		return nil
+	})
+	if err != nil {
+		return n, err
+	}
+	select {
+	case n.Sets = <-w.s.news:
+		return n, nil
+	case <-ctx.Done():
+		return n, ctx.Err()
+	}
+}
+
 func (w *wire) Close() error { return nil }
 
 // dial connects a device without faults.

@@ -188,6 +188,27 @@ type Status struct {
 	Error   *Error `json:"error,omitempty"`
 }
 
+// Watch asks to hear when a sync would bring something: the sets that the device holds, each with its cursor.
+type Watch struct {
+	Sets []WatchSet `json:"sets"`           // MaxWatched at most
+	Only bool       `json:"only,omitempty"` // that the user has other sets is no news
+}
+
+// WatchSet is a set as the device holds it.
+type WatchSet struct {
+	Set    string `json:"set"`
+	Cursor string `json:"cursor,omitempty"` // of the last applied reply; empty: none
+}
+
+// MaxWatched bounds the sets of a Watch.
+const MaxWatched = 256
+
+// News answers a Watch, when there is something or the gateway does not hold the call any longer.
+type News struct {
+	Sets  []string `json:"sets"` // that a sync would bring something for; empty: none, ask again
+	Error *Error   `json:"error,omitempty"`
+}
+
 // Enrolment asks for a device key: sent once, on a connection authenticated by password.
 type Enrolment struct {
 	Key string `json:"key"` // the device's public NKEY (user type, "U...")

@@ -34,6 +34,7 @@ const (
 	VerbGet    = "get"
 	VerbAck    = "ack"
 	VerbStatus = "status"
+	VerbWatch  = "watch"
 )
 
 // OperatorUser is the user of what operators submit at the server. It is no valid name: nobody can log in as it, and no

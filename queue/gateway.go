@@ -34,12 +34,16 @@ type Enroller func(ctx context.Context, user, device string, req protocol.Enrolm
 // GatewayConfig of a [Gateway]. Zero values mean the defaults.
 type GatewayConfig struct {
 	Hold        time.Duration // how long a get waits for its page (default 5 seconds)
-	MaxHeld     int           // gets waiting at the same time, over all devices (default 20,000)
+	MaxHeld     int           // gets and watches waiting at the same time, over all devices (default 20,000)
 	MaxStoring  int           // puts waiting for the input queue at the same time (default 2,048)
 	CallsPerSec float64       // of one device on average (default 50)
 	CallBurst   int           // and at once (default 500)
 	BytesPerSec float64       // that one device may put on average (default 4 MiB)
 	BytesBurst  int           // and at once (default 32 MiB; at least MaxPart)
+
+	// News waits until a sync would bring the device something, or ctx ends; nil: devices are told to ask again.
+	News      func(ctx context.Context, user, device string, ask protocol.Watch) []string
+	HoldWatch time.Duration // how long a watch waits for news (default 30 seconds)
 
 	// Applied hears that a device has applied the reply to a session, before its pages are removed; nil: nobody.
 	Applied func(ctx context.Context, user, device, session string) error
@@ -61,7 +65,7 @@ type Gateway struct {
 	rates  *rates
 	ready  signal
 	counts struct {
-		puts, gets, acks, statuses, enrols, refused, silent, held atomic.Int64
+		puts, gets, acks, statuses, enrols, watches, refused, silent, held atomic.Int64
 	}
 }
 
@@ -71,6 +75,7 @@ func NewGateway(q *Queue, cfg GatewayConfig, enrol Enroller, status StatusSource
 		log = zap.NewNop()
 	}
 	set(&cfg.Hold, 5*time.Second)
+	set(&cfg.HoldWatch, 30*time.Second)
 	set(&cfg.MaxHeld, 20_000)
 	set(&cfg.MaxStoring, 2048)
 	set(&cfg.CallsPerSec, 50)
@@ -88,9 +93,10 @@ type GatewayStats struct {
 	Acks     int64 `json:"acks"`
 	Statuses int64 `json:"statuses"`
 	Enrols   int64 `json:"enrols"`
+	Watches  int64 `json:"watches"`
 	Refused  int64 `json:"refused"` // answered with an error other than pending
 	Silent   int64 `json:"silent"`  // not answered: an attack or a broken client
-	Held     int64 `json:"held"`    // gets that wait now
+	Held     int64 `json:"held"`    // gets and watches that wait now
 }
 
 // Stats are the counts now.
@@ -98,7 +104,7 @@ func (g *Gateway) Stats() GatewayStats {
 	c := &g.counts
 	return GatewayStats{
 		Puts: c.puts.Load(), Gets: c.gets.Load(), Acks: c.acks.Load(), Statuses: c.statuses.Load(), Enrols: c.enrols.Load(),
-		Refused: c.refused.Load(), Silent: c.silent.Load(), Held: c.held.Load(),
+		Watches: c.watches.Load(), Refused: c.refused.Load(), Silent: c.silent.Load(), Held: c.held.Load(),
 	}
 }
 
@@ -177,6 +183,7 @@ func (s *shift) serve() error {
 		{protocol.VerbAck, ".*", s.ack},
 		{protocol.VerbStatus, ".*", s.tell},
 		{protocol.VerbEnrol, "", s.enter},
+		{protocol.VerbWatch, "", s.watch},
 	} {
 		handler := micro.HandlerFunc(func(r micro.Request) {
 			if c := s.accept(r); c != nil {
@@ -258,6 +265,8 @@ func (c *call) refuseWith(e *protocol.Error) {
 		c.answer(protocol.Status{State: "unknown", Error: e})
 	case protocol.VerbEnrol:
 		c.answer(protocol.Enrolled{User: c.user, Device: c.device, Error: e})
+	case protocol.VerbWatch:
+		c.answer(protocol.News{Sets: []string{}, Error: e})
 	default:
 		err := c.r.RespondJSON(e, micro.WithHeaders(micro.Headers{protocol.HeaderError: {string(e.Code)}}))
 		if err != nil {
@@ -388,14 +397,19 @@ func (s *shift) get(c *call) {
 		c.refuse(protocol.CodeNotFound, 0, "%q is not a page number", oneLine(c.args[1]))
 		return
 	}
+	s.held(c, func() { s.hold(c, n) })
+}
+
+// held runs a call that waits, if not too many do.
+func (s *shift) held(c *call, wait func()) {
 	s.work.run(func() {
 		if s.counts.held.Add(1) > int64(s.cfg.MaxHeld) {
 			s.counts.held.Add(-1)
-			c.refuse(protocol.CodeBusy, 2, "too many calls are waiting for replies: ask again after the given time")
+			c.refuse(protocol.CodeBusy, 2, "too many calls are waiting: ask again after the given time")
 			return
 		}
 		defer s.counts.held.Add(-1)
-		s.hold(c, n)
+		wait()
 	})
 }
 
@@ -510,6 +524,30 @@ func (s *shift) tell(c *call) {
 			st.State = "unknown"
 		}
 		return st, err
+	})
+}
+
+// watch answers when a sync would bring something, or after a while.
+func (s *shift) watch(c *call) {
+	s.counts.watches.Add(1)
+	var ask protocol.Watch
+	if err := json.Unmarshal(c.r.Data(), &ask); err != nil || len(c.r.Data()) > 64<<10 || len(ask.Sets) > protocol.MaxWatched {
+		c.refuse(protocol.CodeMalformed, 0, `a watch is JSON: {"sets": [{"set": "...", "cursor": "..."}]}, with at most %d sets`, protocol.MaxWatched)
+		return
+	}
+	s.held(c, func() {
+		ctx, cancel := context.WithTimeout(s.ctx, s.cfg.HoldWatch) // ends with the run: the device asks another gateway
+		defer cancel()
+		var sets []string
+		if s.cfg.News != nil {
+			sets = s.cfg.News(ctx, c.user, c.device, ask)
+		} else {
+			<-ctx.Done()
+		}
+		if sets == nil {
+			sets = []string{}
+		}
+		c.answer(protocol.News{Sets: sets})
 	})
 }
 

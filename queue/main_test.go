@@ -100,6 +100,7 @@ type bench struct {
 	options queue.ServerOptions
 	cfg     queue.Config
 	gwcfg   queue.GatewayConfig
+	watched chan watched
 	stop    func()
 	tcp     bool
 	trust   *tls.Config
@@ -110,7 +111,7 @@ func overTCP(b *bench) { b.tcp = true }
 
 func start(t testing.TB, changes ...func(*bench)) *bench {
 	t.Helper()
-	b := &bench{t: t, people: newPeople(), dir: t.TempDir(),
+	b := &bench{t: t, people: newPeople(), dir: t.TempDir(), watched: make(chan watched),
 		status: func(context.Context, string, string, string) (protocol.Status, error) {
 			return protocol.Status{State: "unknown"}, nil
 		}}
@@ -158,7 +159,9 @@ func (b *bench) serve() {
 		b.t.Fatal(err)
 	}
 	callout := queue.NewCallout(b.cfg.Broker, b.people, log)
-	b.gw = queue.NewGateway(b.q, b.gwcfg, b.people.enrol, b.status, log)
+	cfg := b.gwcfg
+	cfg.News = b.news
+	b.gw = queue.NewGateway(b.q, cfg, b.people.enrol, b.status, log)
 	for _, f := range []func(context.Context) error{callout.Run, b.gw.Run} {
 		wg.Go(func() {
 			if err := f(run); err != nil {

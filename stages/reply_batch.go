@@ -138,15 +138,8 @@ func (b *replyBatch) compose() (err error) {
 	if err != nil {
 		return fmt.Errorf("read cursors, keys and verdicts: %w", err)
 	}
-	for _, s := range b.sessions {
-		c := cursors[s.cursorFrom]
-		if c != nil && c.deviceID == s.deviceID && c.set == s.set && strings.HasPrefix(s.cursorFrom, b.cat.epoch+".") && c.keysets.Schema == b.schemaHash(s) {
-			s.from = c
-		}
-		s.pages.first.Refresh = s.from == nil
-	}
-	if err := b.compare(); err != nil {
-		return fmt.Errorf("compare key sets: %w", err)
+	if err := b.resume(cursors); err != nil {
+		return err
 	}
 	if err := b.verdicts(); err != nil {
 		return fmt.Errorf("read verdicts: %w", err)
@@ -159,6 +152,21 @@ func (b *replyBatch) compose() (err error) {
 	}
 	for _, s := range b.sessions {
 		s.renew = s.from == nil || !s.pages.empty() || s.keysChanged() || time.Since(s.from.createdAt) > b.r.cfg.Renew
+	}
+	return nil
+}
+
+// resume finds what each session starts from, and how its key sets have moved since.
+func (b *replyBatch) resume(cursors map[string]*cursor) error {
+	for _, s := range b.sessions {
+		c := cursors[s.cursorFrom]
+		if c != nil && c.deviceID == s.deviceID && c.set == s.set && strings.HasPrefix(s.cursorFrom, b.cat.epoch+".") && c.keysets.Schema == b.schemaHash(s) {
+			s.from = c
+		}
+		s.pages.first.Refresh = s.from == nil
+	}
+	if err := b.compare(); err != nil {
+		return fmt.Errorf("compare key sets: %w", err)
 	}
 	return nil
 }

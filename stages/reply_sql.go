@@ -14,6 +14,7 @@ type replySQL struct {
 	changed string // rows of kept keys since the cursor: $1 xmin, $2 keys
 	whole   string // all rows of new keys: $1 keys
 	deleted string // keys of rows that left: $1 xmin, $2 kept keys, $3 all keys
+	news    string // whether changed or deleted give something that a snapshot did not see: their parameters, $4 (all rows: $2) snapshot
 	count   string // about how many rows whole gives: $1 keys
 	width   int    // columns of a primary key
 }
@@ -47,6 +48,7 @@ func newReplySQL(s *subscription) *replySQL {
 		q.count = "SELECT greatest(c.reltuples, 0)::bigint FROM pg_class c WHERE c.oid = " + schema.Literal(t.Ident()) + "::regclass"
 		q.deleted = fmt.Sprintf("SELECT DISTINCT %s\nFROM %s t WHERE t.tbl = %d AND t.stamp >= $1::bigint AND NOT EXISTS (SELECT%s WHERE %s OFFSET 0)",
 			strings.Join(dead, ", "), tombstone, t.ID, from, strings.Join(alive, " AND "))
+		q.news = newsSQL(q.changed, q.deleted, "$2")
 		return q
 	}
 	c, _ := t.Column(s.Key)
@@ -61,7 +63,19 @@ func newReplySQL(s *subscription) *replySQL {
 	// key (OFFSET 0), not by the user's keys, of which there may be many.
 	q.deleted = fmt.Sprintf("SELECT DISTINCT %s\nFROM %s t WHERE t.tbl = %d AND t.val = ANY ($2::text[]) AND t.stamp >= $1::bigint AND NOT EXISTS (SELECT FROM (SELECT m.*%s WHERE %s OFFSET 0) m WHERE %s)",
 		strings.Join(dead, ", "), tombstone, t.ID, from, strings.Join(alive, " AND "), in("$3"))
+	q.news = newsSQL(q.changed, q.deleted, "$4")
 	return q
+}
+
+// newsSQL asks whether the queries give something that a snapshot did not see. What is at or above the cursor's horizon may
+// have been sent already, as long as a transaction that was open then holds the horizon back.
+func newsSQL(changed, deleted, snapshot string) string {
+	return "SELECT EXISTS (" + changed + unseen("m._ws_version", snapshot) + ") OR EXISTS (" + deleted + unseen("t.stamp", snapshot) + ")"
+}
+
+// unseen restricts to stamps that a snapshot did not see; of a snapshot that is not known any more, it saw none.
+func unseen(stamp, snapshot string) string {
+	return " AND NOT coalesce(pg_visible_in_snapshot(" + stamp + "::text::xid8, " + snapshot + "::pg_snapshot), false)"
 }
 
 // openSQL finds sessions to be answered: $1 how long a session may wait for the source, in seconds; $2 sessions and $3 sets
@@ -92,6 +106,10 @@ SELECT c.token, c.device_id, c.set_name, c.since, c.created_at, c.keysets::text,
 	coalesce((SELECT jsonb_object_agg(k.id::text, encode(k.hash, 'hex'))::text
 		FROM jsonb_each_text(c.keysets->'tables') e JOIN waystage.keyset k ON k.id = e.value::bigint), '{}')
 FROM waystage.cursor c WHERE c.token = ANY ($1)`
+
+// newVerdictsSQL asks whether a verdict waits that no reply has told: $1 device, $2 least xmin of its cursors, $3 their snapshots.
+var newVerdictsSQL = "SELECT EXISTS (SELECT FROM waystage.change c WHERE c.device_id = $1 AND c.stamp >= $2" +
+	" AND NOT EXISTS (SELECT FROM unnest($3::text[]) AS seen WHERE pg_visible_in_snapshot(c.stamp::text::xid8, seen::pg_snapshot)))"
 
 // verdictsSQL reads the verdicts that a reply tells (rule D5): $1 device, $2 xmin of the cursor, $3 session. They are of all
 // the device's incarnations: what a restored file's earlier life had merged may still be refused by the source. stamp + 0 keeps the planner from reading all older stamps in the index.

@@ -111,6 +111,10 @@ func TestStages(t *testing.T) {
 		"key query is caged":   testKeyQueryIsCaged,
 		"sessions and status":  testSessionsAndStatus,
 		"prune":                testPrune,
+		// watch_test.go
+		"news":       testNews,
+		"news once":  testNewsOnce,
+		"watch loop": testWatchLoop,
 		// verify_test.go
 		"verification": testVerification,
 		"findings":     testFindings,
