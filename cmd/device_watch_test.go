@@ -1,0 +1,180 @@
+package cmd
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/waystage/waystage/device"
+	"github.com/waystage/waystage/internal/nurse"
+)
+
+// told is what a running command has printed.
+type told struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (w *told) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.b.Write(p)
+}
+
+func (w *told) String() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.b.String()
+}
+
+// eventually repeats f until it returns nil, for a minute and a half.
+func eventually(t testing.TB, what string, f func() error) {
+	t.Helper()
+	deadline := time.Now().Add(90 * time.Second)
+	for {
+		err := f()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: %v", what, err)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// TestSyncWatch: with --watch what the office writes comes down, and what is edited in the file goes up, without another command;
+// by the clock neither would happen within this test.
+func TestSyncWatch(t *testing.T) {
+	o := newOperator(t)
+	o.init()
+	defer o.serve(nurse.Definitions(), "health.listen=")()
+	o.run(exitOK, testPassword, "users add amina --group nurses")
+	file := filepath.Join(o.dir, "amina.db")
+	dev := " --file " + file
+	o.run(exitOK, testPassword, "device enrol --server nats://"+o.nats+" --user amina --device phone"+dev)
+	for _, bad := range []string{"--every 1ms", "--every 10m --between 9-10", "--between 09:00-10:00", "--watch --wait nothing"} {
+		o.run(exitUsage, "", "device sync "+bad+dev)
+	}
+
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var out, errs told
+	ended := make(chan int, 1)
+	go func() {
+		ended <- run(ctx, strings.Fields("device sync --watch --every 1h"+dev), &terminal{in: strings.NewReader(""), out: &out, err: &errs})
+	}()
+	defer func() {
+		if t.Failed() {
+			t.Logf("it said\n%s%s", out.String(), errs.String())
+		}
+	}()
+
+	d, err := device.Open(t.Context(), file, device.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = d.Close() }()
+	var patient string
+	eventually(t, "the first sync", func() error {
+		return d.DB().QueryRow("SELECT min(id) FROM patient HAVING min(id) IS NOT NULL").Scan(&patient)
+	})
+	source, err := pgx.Connect(t.Context(), o.source)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = source.Close(context.Background()) }()
+
+	for _, words := range []string{"from the office", "from the office again"} {
+		if _, err := source.Exec(t.Context(), "UPDATE vn.patient SET remarks = $2 WHERE id::text = $1", patient, words); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the office's words on the device", func() error {
+			var have string
+			if err := d.DB().QueryRow("SELECT coalesce(remarks, '') FROM patient WHERE id = ?", patient).Scan(&have); err != nil {
+				return err
+			}
+			if have != words {
+				return errors.New("the device has " + have)
+			}
+			return nil
+		})
+	}
+	if !strings.Contains(errs.String(), "something waits at the server: field") {
+		t.Errorf("it does not say why it syncs: %s", errs.String())
+	}
+
+	if _, err := d.DB().Exec("UPDATE patient SET remarks = 'from the field' WHERE id = ?", patient); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the nurse's words at the source", func() error {
+		var have string
+		if err := source.QueryRow(t.Context(), "SELECT remarks FROM vn.patient WHERE id::text = $1", patient).Scan(&have); err != nil {
+			return err
+		}
+		if have != "from the field" {
+			return errors.New("the source has " + have)
+		}
+		return nil
+	})
+	// The source's verdict is news, too.
+	eventually(t, "the verdict", func() error {
+		s, err := d.Status(t.Context())
+		if err != nil {
+			return err
+		}
+		if s.Unsent+s.Sent+s.Merged > 0 {
+			return errors.New("not final")
+		}
+		return nil
+	})
+	stop()
+	if code := <-ended; code != exitInterrupted {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+func TestHours(t *testing.T) {
+	day := func(clock string) time.Time {
+		at, err := time.ParseInLocation("2006-01-02 15:04", "2026-05-04 "+clock, time.UTC)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return at
+	}
+	for _, c := range []struct{ hours, now, wait string }{
+		{"", "03:00", "0s"},
+		{"09:00-22:00", "08:59", "1m"}, {"09:00-22:00", "09:00", "0s"}, {"09:00-22:00", "21:59", "0s"}, {"09:00-22:00", "22:00", "11h"},
+		{"22:00-06:00", "21:00", "1h"}, {"22:00-06:00", "23:00", "0s"}, {"22:00-06:00", "05:59", "0s"}, {"22:00-06:00", "06:00", "16h"},
+		{"08:00 - 08:00", "12:00", "0s"},
+	} {
+		h, err := parseHours(c.hours)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, err := time.ParseDuration(c.wait)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := h.until(day(c.now)); got != want || h.include(day(c.now)) != (want == 0) {
+			t.Errorf("%s at %s: %s, want %s", c.hours, c.now, got, want)
+		}
+	}
+	for _, bad := range []string{"9", "09:00", "09:00-25:00", "a-b", "09:00-10:00-11:00"} {
+		if _, err := parseHours(bad); err == nil {
+			t.Errorf("%q is taken", bad)
+		}
+	}
+	for n := range 20 {
+		if d := backOff(n); d < time.Second/2 || d > 90*time.Second {
+			t.Errorf("after %d failures: %s", n, d)
+		}
+	}
+}
