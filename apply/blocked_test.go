@@ -40,8 +40,8 @@ func TestLockedRowIsWaitedForAndNamed(t *testing.T) {
 		ids = append(ids, r.merge(upd("public.note", fmt.Sprint(i+1), map[string]any{"body": "mine"}))...)
 	}
 	up := r.workers["up"].obj.(*apply.Up)
-	r.eventually("up says what it waits for", func() bool { b := up.Stats().Blocked; return b != nil && b.Table != "" })
-	b := up.Stats().Blocked
+	var b *apply.Blocked // it is looked at again and again, also while up rests between two attempts
+	r.eventually("up says what it waits for", func() bool { b = up.Stats().Blocked; return b != nil && b.Table != "" && b.Key != nil })
 	pid := fmt.Sprintf("pid %d ", holder.PgConn().PID())
 	if b.Table != "public.note" || fmt.Sprint(b.Key) != "[3]" || len(b.By) != 1 || !strings.HasPrefix(b.By[0], pid) || !strings.Contains(b.By[0], "the office, idle in transaction") {
 		t.Errorf("blocked: %+v", b)

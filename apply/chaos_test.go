@@ -13,11 +13,15 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
 	"pgregory.net/rapid"
 
 	"github.com/waystage/waystage/apply"
 	"github.com/waystage/waystage/conflict"
 	"github.com/waystage/waystage/internal/pgerr"
+	"github.com/waystage/waystage/schema"
 )
 
 // The source of the random tests: a trigger that rewrites, one that writes another row, a cascade, a CHECK, a unique column;
@@ -286,6 +290,22 @@ func TestHazardKilledAtAnyMoment(t *testing.T) {
 // An up worker that was overtaken without noticing writes nothing any more.
 func TestHazardZombie(t *testing.T) {
 	r := newRig(t, notes, "public.note")
+	core, logs := observer.New(zap.WarnLevel)
+	r.log = zap.New(zapcore.NewTee(r.log.Core(), core))
+	begin := make(chan struct{}, 1) // a session of down begins while there is something in it
+	begin <- struct{}{}
+	r.downCfg = func(c *apply.DownConfig) {
+		load := c.Tables
+		c.Tables = func(ctx context.Context) ([]*schema.Table, error) {
+			select {
+			case <-begin:
+				begin <- struct{}{}
+				return load(ctx)
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+		}
+	}
 	r.start(allWorkers...)
 	first := r.merge(upd("public.note", "1", map[string]any{"body": "one"}))[0]
 	r.settled()
@@ -324,14 +344,21 @@ func TestHazardZombie(t *testing.T) {
 	// The same for down: its position is moved by another one, which it notices before it writes.
 	r.downQ.set(func() { r.downQ.hold = true })
 	r.foreign("UPDATE note SET n = 5 WHERE id = 3")
+	<-begin // its next session, which may write, waits
 	at := r.text(r.mirror, "SELECT position::text FROM waystage.progress WHERE direction = 'down'")
 	r.exec(r.mirror, "UPDATE waystage.progress SET position = position - 8 WHERE direction = 'down'")
 	r.downQ.set(func() { r.downQ.hold = false })
-	r.eventually("down notices", func() bool { return strings.Contains(r.states(), "moved the chain") })
+	r.eventually("down notices", func() bool {
+		return slices.ContainsFunc(logs.All(), func(e observer.LoggedEntry) bool {
+			f := e.ContextMap()
+			return f["direction"] == "down" && strings.Contains(fmt.Sprint(f["error"]), "moved the chain")
+		})
+	})
 	if got := r.text(r.mirror, "SELECT n::text FROM note WHERE id = 3"); got != "3" {
 		t.Errorf("a fenced down wrote %s", got)
 	}
 	r.exec(r.mirror, "UPDATE waystage.progress SET position = '"+at+"' WHERE direction = 'down'")
+	begin <- struct{}{}
 	r.settled()
 }
 

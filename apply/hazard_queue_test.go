@@ -86,7 +86,7 @@ func withBroker(t *testing.T, r *rig, at func(address string) string) *broker {
 		t.Fatal(err)
 	}
 	t.Cleanup(b.q.Close)
-	nc, err := nats.Connect(b.server.URL(), nats.UserInfo("app", secrets.App), nats.MaxReconnects(-1))
+	nc, err := nats.Connect(b.server.URL(), nats.UserInfo("app", secrets.App), nats.MaxReconnects(-1), nats.Timeout(deadline))
 	if err != nil {
 		t.Fatal(err)
 	}

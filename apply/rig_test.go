@@ -163,7 +163,7 @@ type rig struct {
 // newRig makes the tables at the source by ddl, and sets both sides up. Nothing runs yet.
 func newRig(t *testing.T, ddl string, tables ...string) *rig {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	t.Cleanup(cancel)
 	r := &rig{t: t, ctx: ctx, sourceDSN: pgtest.Source(t), mirrorDSN: pgtest.Mirror(t), tables: map[string]*schema.Table{},
 		downQ: newMemQueue(), upQ: newMemQueue(), workers: map[string]*worker{}, log: zap.NewNop()}
