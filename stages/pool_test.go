@@ -76,8 +76,8 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-// startPool runs a pool until the test ends.
-func startPool(t *testing.T, r *rig, cfg PoolConfig, make func() Worker) (p *Pool, stop func()) {
+// startPool runs a pool until the test ends. stop tells it to end, calls what is to happen then, and waits.
+func startPool(t *testing.T, r *rig, cfg PoolConfig, make func() Worker) (p *Pool, stop func(then ...func())) {
 	t.Helper()
 	def(&cfg.Stage, "test")
 	cfg.Backoff, cfg.Poll, cfg.Follow = time.Millisecond, 5*time.Millisecond, 20*time.Millisecond
@@ -90,15 +90,18 @@ func startPool(t *testing.T, r *rig, cfg PoolConfig, make func() Worker) (p *Poo
 		}
 		close(ended)
 	}()
-	stop = func() {
+	stop = func(then ...func()) {
 		cancel()
+		for _, f := range then {
+			f()
+		}
 		select {
 		case <-ended:
 		case <-time.After(30 * time.Second):
 			t.Error("the pool does not end")
 		}
 	}
-	t.Cleanup(stop)
+	t.Cleanup(func() { stop() })
 	return p, stop
 }
 
@@ -151,7 +154,7 @@ func testPoolIsWorked(t *testing.T, r *rig) {
 	// Drained: what is there is worked off, then it pauses, though more comes.
 	close(j.hold)
 	set(-1, ModeDrain)
-	eventually(t, "all of it", func() bool { return j.done.Load() == 100 })
+	eventually(t, "all of it, and its rate", func() bool { return j.done.Load() == 100 && p.Snapshot().Rate > 0 })
 	eventually(t, "drained", func() bool { return p.count(StatePaused) == 3 })
 	j.add(1)
 	p.Kick()
@@ -176,7 +179,7 @@ func testPoolIsWorked(t *testing.T, r *rig) {
 		}
 	}
 	stop()
-	if info := p.Snapshot(); info.Items != 101 || info.Rate == 0 {
+	if info := p.Snapshot(); info.Items != 101 {
 		t.Fatalf("%+v", info)
 	}
 }
@@ -220,11 +223,7 @@ func testPoolShutdown(t *testing.T, r *rig) {
 	j.add(3)
 	p, stop := startPool(t, r, PoolConfig{Size: 2}, func() Worker { return j })
 	eventually(t, "two busy workers", func() bool { return p.count(StateBusy) == 2 })
-	go func() {
-		time.Sleep(10 * time.Millisecond)
-		close(j.hold)
-	}()
-	stop() // waits for both, and takes nothing more
+	stop(func() { close(j.hold) }) // waits for both, and takes nothing more
 	if n := j.done.Load(); n != 2 {
 		t.Fatalf("%d done", n)
 	}

@@ -21,7 +21,7 @@ import (
 
 func TestMain(m *testing.M) { pgtest.MainNoLeaks(m) }
 
-const patience = 30 * time.Second
+const patience = 90 * time.Second
 
 func open(t *testing.T) (*registry.Registry, *pgxpool.Pool) {
 	t.Helper()
