@@ -242,11 +242,16 @@ func (w *world) applied() error {
 
 // compare checks I4: every mirror row equals its source row, every device holds exactly its subset.
 func (w *world) compare(devices map[*device.Device]nurse.Person) error {
+	return w.compareWith(nurse.Definitions(), devices)
+}
+
+// compareWith is compare under other definitions.
+func (w *world) compareWith(definitions string, devices map[*device.Device]nurse.Person) error {
 	tables, err := schema.LoadTables(w.ctx, w.mirror)
 	if err != nil {
 		return err
 	}
-	defs, problems := schema.ParseDefinitions("definitions", []byte(nurse.Definitions()))
+	defs, problems := schema.ParseDefinitions("definitions", []byte(definitions))
 	if defs == nil {
 		return fmt.Errorf("definitions: %v", problems)
 	}
