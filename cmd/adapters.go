@@ -35,17 +35,14 @@ func (i input) AckAll(ctx context.Context, parts []*stages.Part) error {
 // delivery is one part as intake settles it.
 type delivery struct{ *queue.Part }
 
-func (d delivery) Series(ctx context.Context) ([]*stages.Part, error) {
-	parts, err := d.Part.Series(ctx)
-	return partsForStages(parts), err
+func (d delivery) Series(ctx context.Context) ([]*stages.Part, int, error) {
+	parts, missing, err := d.Part.Series(ctx)
+	return partsForStages(parts), missing, err
 }
 
 func partsForStages(parts []*queue.Part) []*stages.Part {
 	out := make([]*stages.Part, len(parts))
 	for i, p := range parts {
-		if p == nil {
-			continue // not in the queue yet
-		}
 		out[i] = &stages.Part{User: p.User, Device: p.Device, Session: p.Session, Index: p.Index, Total: p.Total,
 			ContentType: p.ContentType, Encoding: p.Encoding, Data: p.Data, ReceivedAt: p.ReceivedAt, Deliveries: p.Deliveries, Delivery: delivery{p}}
 	}

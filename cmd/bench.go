@@ -75,7 +75,7 @@ included; compare ratios, not absolute figures.`,
 	c.Flags().IntVar(&b.users, "users", 100, "concurrent devices, of a user each")
 	c.Flags().IntVar(&b.rows, "rows", 2000, "rows of each user")
 	c.Flags().IntVar(&b.seconds, "seconds", 10, "how long the concurrent sessions run")
-	c.Flags().StringSliceVar(&b.only, "only", nil, "only these: first-sync, stages, down, sessions")
+	c.Flags().StringSliceVar(&b.only, "only", nil, "only these: first-sync, stages, down, sessions, neighbour")
 	return c
 }
 
@@ -135,7 +135,7 @@ func (b *bench) run(ctx context.Context, major int) error {
 	for _, step := range []struct {
 		name string
 		run  func(context.Context) error
-	}{{"first-sync", b.firstSync}, {"stages", b.stagesAlone}, {"down", b.down}, {"sessions", b.sessions}} {
+	}{{"first-sync", b.firstSync}, {"stages", b.stagesAlone}, {"down", b.down}, {"sessions", b.sessions}, {"neighbour", b.neighbour}} {
 		if len(b.only) > 0 && !slices.Contains(b.only, step.name) {
 			continue
 		}

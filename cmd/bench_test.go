@@ -39,7 +39,7 @@ func TestBenchMeasuresEveryStage(t *testing.T) {
 			t.Errorf("%s has a baseline without a ratio, or the other way round", f.Name)
 		}
 	}
-	for _, name := range []string{"first_sync", "intake", "merge", "up", "down_small_tx", "down_bulk_tx", "sessions", "session_p50", "session_p99"} {
+	for _, name := range []string{"first_sync", "intake", "merge", "up", "down_small_tx", "down_bulk_tx", "sessions", "session_p50", "session_p99", "neighbour_p99"} {
 		if _, ok := made[name]; !ok {
 			t.Errorf("no figure %s", name)
 		}

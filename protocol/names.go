@@ -42,7 +42,7 @@ const (
 const OperatorUser = "@operator"
 
 // MaxParts is the largest number of parts of one request.
-const MaxParts = 9999
+const MaxParts = 1024
 
 // IncarnationLen is the length of an incarnation id in hex digits.
 const IncarnationLen = 32

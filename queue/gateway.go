@@ -36,7 +36,7 @@ type GatewayConfig struct {
 	Hold        time.Duration // how long a get waits for its page (default 5 seconds)
 	MaxHeld     int           // gets and watches waiting at the same time, over all devices (default 20,000)
 	MaxStoring  int           // puts waiting for the input queue at the same time (default 2,048)
-	CallsPerSec float64       // of one device on average (default 50)
+	CallsPerSec float64       // of one device on average (default 50); a user's devices together may have four times each of these limits
 	CallBurst   int           // and at once (default 500)
 	BytesPerSec float64       // that one device may put on average (default 4 MiB)
 	BytesBurst  int           // and at once (default 32 MiB; at least MaxPart)

@@ -257,3 +257,30 @@ func TestRateLimits(t *testing.T) {
 		t.Fatalf("another device waits too: %+v", r)
 	}
 }
+
+// TestRateLimitsOfAUser: more devices do not give one user more than a share; nobody else notices.
+func TestRateLimitsOfAUser(t *testing.T) {
+	const burst = 6
+	b := start(t, func(b *bench) { b.gwcfg.CallsPerSec, b.gwcfg.CallBurst = 0.001, burst })
+	answered, asked := 0, 0
+	for i := range 8 {
+		d := b.device(fmt.Sprint("alice/phone-", i))
+		for range burst {
+			asked++
+			if st := decode[protocol.Status](t, d.ask("status", nil, nil, session(1))); st.Error == nil {
+				answered++
+			} else if st.Error.Code != protocol.CodeBusy || st.Error.Retry < 1 {
+				t.Fatalf("%+v", st.Error)
+			}
+		}
+	}
+	if answered != 4*burst {
+		t.Errorf("%d of %d calls were answered, want %d", answered, asked, 4*burst)
+	}
+	other := b.device("bob/phone")
+	for range burst {
+		if st := decode[protocol.Status](t, other.ask("status", nil, nil, session(1))); st.Error != nil {
+			t.Fatalf("another user waits too: %+v", st.Error)
+		}
+	}
+}

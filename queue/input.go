@@ -127,37 +127,49 @@ func (q *Queue) parsePart(subject string, h nats.Header, data []byte) (*Part, er
 	return p, err
 }
 
-// Series looks up the other parts of p's series and returns all Total of them in order, nil where a part is not in the
-// queue yet. Parts of one series may have been delivered to different workers: whoever finds the series complete may take
+// Series looks up the other parts of p's series and returns all Total of them in order, or, when they are not all in the queue, the
+// number of the first that is missing. That costs one question, however long the series says it is. Parts of one series may have been delivered to different workers: whoever finds the series complete may take
 // all of it. Acknowledging a looked up part removes it from the queue, also from under another worker.
-func (p *Part) Series(ctx context.Context) ([]*Part, error) {
-	first, cancel := bounded(ctx)
-	s, err := p.q.js.Stream(first, StreamIn)
-	cancel()
-	if err != nil {
-		return nil, fmt.Errorf("queue: look up series: %w", err)
+func (p *Part) Series(ctx context.Context) (all []*Part, missing int, err error) {
+	subject := func(i int) string {
+		return inSubject(p.User, p.Device, p.Session, protocol.PartToken(i, p.Total))
 	}
-	all := make([]*Part, p.Total)
+	first, cancel := bounded(ctx)
+	defer cancel()
+	s, err := p.q.js.Stream(first, StreamIn)
+	if err != nil {
+		return nil, 0, fmt.Errorf("queue: look up series: %w", err)
+	}
+	info, err := s.Info(first, jetstream.WithSubjectFilter(inSubject(p.User, p.Device, p.Session, "*")))
+	if err != nil {
+		return nil, 0, fmt.Errorf("queue: look up series: %w", err)
+	}
+	for i := 1; i <= p.Total; i++ {
+		if info.State.Subjects[subject(i)] == 0 && i != p.Index {
+			return nil, i, nil
+		}
+	}
+	all = make([]*Part, p.Total)
 	for i := range all {
 		if i == p.Index-1 {
 			all[i] = p
 			continue
 		}
 		one, cancel := bounded(ctx)
-		m, err := s.GetLastMsgForSubject(one, inSubject(p.User, p.Device, p.Session, protocol.PartToken(i+1, p.Total)))
+		m, err := s.GetLastMsgForSubject(one, subject(i+1))
 		cancel()
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			continue
+			return nil, i + 1, nil // acknowledged meanwhile
 		}
 		if err != nil {
-			return nil, fmt.Errorf("queue: look up series: %w", err)
+			return nil, 0, fmt.Errorf("queue: look up series: %w", err)
 		}
 		if all[i], err = p.q.parsePart(m.Subject, m.Header, m.Data); err != nil {
-			return nil, fmt.Errorf("queue: look up series: %w", err)
+			return nil, 0, fmt.Errorf("queue: look up series: %w", err)
 		}
 		all[i].ReceivedAt, all[i].Sequence = m.Time, m.Sequence
 	}
-	return all, nil
+	return all, 0, nil
 }
 
 // Ack removes the part from the queue and waits until the queue has confirmed it. Call it after the database commit.

@@ -161,13 +161,14 @@ func TestSeries(t *testing.T) {
 	if mine.Index != 3 || mine.Total != 3 || len(theirs) != 0 {
 		t.Fatalf("%+v %v", mine, theirs)
 	}
-	all, err := mine.Series(within(t))
-	if err != nil || len(all) != 3 || string(all[0].Data) != "part 1" || all[1] != nil || all[2] != mine {
-		t.Fatalf("%v %v", all, err)
+	all, missing, err := mine.Series(within(t))
+	if err != nil || len(all) != 0 || missing != 2 {
+		t.Fatalf("%v %d %v", all, missing, err)
 	}
 	d.put(session(1), "2-3", []byte("part 2"), nil)
-	if all, err = mine.Series(within(t)); err != nil || all[1] == nil || string(all[1].Data) != "part 2" || all[1].ContentType != "application/json" || all[1].User != "alice" {
-		t.Fatalf("%v %v", all, err)
+	if all, missing, err = mine.Series(within(t)); err != nil || missing != 0 || len(all) != 3 || string(all[0].Data) != "part 1" || all[2] != mine ||
+		string(all[1].Data) != "part 2" || all[1].ContentType != "application/json" || all[1].User != "alice" {
+		t.Fatalf("%v %d %v", all, missing, err)
 	}
 	if err := b.q.AckAll(within(t), all); err != nil {
 		t.Fatal(err)

@@ -117,15 +117,16 @@ func (in *Intake) series(ctx context.Context, parts []*Part) (*incoming, error) 
 			in.incomplete(parts)
 			return nil, nil
 		}
-		stored, err := first.Delivery.Series(ctx)
+		stored, missing, err := first.Delivery.Series(ctx)
 		if err != nil {
 			return nil, fmt.Errorf("look for the parts of session %s: %w", first.Session, err)
+		}
+		if missing > 0 {
+			return in.unfinished(ctx, parts, missing)
 		}
 		for i, p := range stored {
 			switch {
 			case all[i] != nil:
-			case p == nil:
-				return in.unfinished(ctx, parts, i+1)
 			case p.ContentType != first.ContentType || p.Encoding != first.Encoding:
 				return contradiction("the parts of session %s contradict one another in their content type or encoding", first.Session)
 			default:

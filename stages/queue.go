@@ -25,7 +25,7 @@ type Part struct {
 type Delivery interface {
 	// Series looks up the other parts of the part's series and returns all Total of them in order, nil where one is not
 	// in the queue, whichever workers they were delivered to.
-	Series(ctx context.Context) ([]*Part, error)
+	Series(ctx context.Context) (all []*Part, missing int, err error)
 	// Nak gives the part back, to be delivered again after the delay.
 	Nak(delay time.Duration) error
 	// DeadLetter moves the part to the dead letters, with the reason.

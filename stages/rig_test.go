@@ -655,7 +655,7 @@ func (q *memQueue) AckAll(_ context.Context, parts []*Part) error {
 	return nil
 }
 
-func (p *memPart) Series(context.Context) ([]*Part, error) {
+func (p *memPart) Series(context.Context) ([]*Part, int, error) {
 	p.q.mu.Lock()
 	defer p.q.mu.Unlock()
 	all := make([]*Part, p.Total)
@@ -665,7 +665,10 @@ func (p *memPart) Series(context.Context) ([]*Part, error) {
 			all[o.Index-1] = &c
 		}
 	}
-	return all, nil
+	if i := slices.Index(all, nil); i >= 0 {
+		return nil, i + 1, nil
+	}
+	return all, 0, nil
 }
 
 func (p *memPart) Nak(delay time.Duration) error {
