@@ -201,7 +201,7 @@ func (t *txn) shrink() error {
 	for _, tab := range c.order {
 		used, members := map[string]bool{}, 0
 		for _, s := range c.sets {
-			if m := s.member(tab.Wire); m != nil {
+			if m := s.member(tab.Wire); m != nil && !s.Gone {
 				members++
 				for _, col := range m.Def.Columns {
 					used[col.Name] = true
@@ -310,7 +310,8 @@ func (t *txn) adopt(c *catalogue, names []string, todo int) error {
 	}
 	for ord, name := range names {
 		if c.set(name) != nil {
-			if err := t.exec(`UPDATE _ws_set SET ord = ?, gone = 0 WHERE name = ?`, ord, name); err != nil {
+			// One that comes back before it was forgotten is new as well.
+			if err := t.exec(`UPDATE _ws_set SET ord = ?, todo = CASE WHEN gone = 1 THEN ? ELSE todo END, gone = 0 WHERE name = ?`, ord, todo, name); err != nil {
 				return err
 			}
 			continue
@@ -380,6 +381,11 @@ func (t *txn) dropGone() error {
 			if err := t.drop(tab); err != nil {
 				return err
 			}
+		}
+	}
+	if slices.ContainsFunc(c.sets, func(s *set) bool { return s.Gone }) {
+		if err := t.shrink(); err != nil { // another set may have taken over a table, with fewer columns
+			return err
 		}
 	}
 	return t.exec(`DELETE FROM _ws_set WHERE gone = 1 AND NOT EXISTS (SELECT 1 FROM _ws_set_table m WHERE m.set_name = name) AND NOT EXISTS (SELECT 1 FROM _ws_outbox o WHERE o.set_name = name)`)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -638,6 +639,42 @@ func TestSharedTable(t *testing.T) {
 	mustExec(t, d, `UPDATE item SET val = 'y'`)
 	if rep := srv.mustSync(t, d); rep.Sent != 1 || rep.Merged != 1 {
 		t.Fatalf("%+v", rep)
+	}
+	srv.same(t, d)
+}
+
+// TestTableMovesBetweenSets: a table that another set takes over with fewer columns loses the others, and a set that comes back is synced at once.
+func TestTableMovesBetweenSets(t *testing.T) {
+	srv := newServer(t)
+	srv.sets = []string{"notes", "items"} // notes hears of it first
+	srv.foreign(item(1, "1", "x"))
+	d := srv.device(t, "a", Options{})
+	srv.mustSync(t, d)
+	columns := func() (n int) {
+		if err := d.DB().QueryRow(`SELECT count(*) FROM pragma_table_info('item')`).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	before := columns()
+	srv.mu.Lock()
+	items, notes := srv.defs["items"], srv.defs["notes"]
+	narrow := items.Tables[0]
+	narrow.Columns = slices.DeleteFunc(slices.Clone(narrow.Columns), func(c protocol.Column) bool { return c.Name == "val" })
+	srv.defs["notes"] = &protocol.Definitions{Hash: "n2", Tables: append(slices.Clone(notes.Tables), narrow)}
+	srv.sets = []string{"notes"}
+	delete(srv.defs, "items")
+	srv.mu.Unlock()
+	srv.mustSync(t, d)
+	if got := columns(); got != before-1 {
+		t.Fatalf("%d columns, %d before", got, before)
+	}
+	srv.mu.Lock()
+	srv.defs["items"], srv.defs["notes"], srv.sets = items, notes, []string{"notes", "items"}
+	srv.mu.Unlock()
+	srv.mustSync(t, d)
+	if got := columns(); got != before {
+		t.Fatalf("%d columns, %d before", got, before)
 	}
 	srv.same(t, d)
 }
