@@ -27,7 +27,7 @@ working safely, each with its remedy. Nothing is changed. Exit code 6 if somethi
 				return err
 			}
 			if err := printRows(a.out, f, findings, []column[schema.Finding]{
-				{"level", func(x schema.Finding) string { return string(x.Level) }},
+				{"", func(x schema.Finding) string { return string(x.Level) }},
 				{"where", func(x schema.Finding) string { return x.Where }},
 				{"finding", func(x schema.Finding) string { return oneLine(x.What) }},
 			}); err != nil {
@@ -41,19 +41,18 @@ working safely, each with its remedy. Nothing is changed. Exit code 6 if somethi
 
 // verdict sums the findings up and says what to do about them.
 func (a *app) verdict(findings []schema.Finding, remedies bool) error {
-	of := map[schema.Level]int{}
+	count := map[schema.Level]int{}
 	for _, x := range findings {
-		of[x.Level]++
+		count[x.Level]++
 		if remedies && x.Remedy != "" && (x.Level == schema.Failure || x.Level == schema.Warning) {
 			a.say("%s: %s: %s\n  do: %s", x.Level, x.Where, oneLine(x.What), x.Remedy)
 		}
 	}
-	warnings := count(of[schema.Warning], "warning")
-	if n := of[schema.Failure]; n > 0 {
-		a.say("%d of %s failed, %s", n, count(len(findings), "check"), warnings)
+	if n := count[schema.Failure]; n > 0 {
+		a.say("%d of %d checks failed, %d warnings", n, len(findings), count[schema.Warning])
 		return silent(exitPrecondition)
 	}
-	a.say("%s passed, %s; next: waystage serve", count(len(findings)-of[schema.Warning], "check"), warnings)
+	a.say("%d checks passed, %d warnings; next: waystage serve", len(findings)-count[schema.Warning], count[schema.Warning])
 	return nil
 }
 
@@ -92,7 +91,7 @@ func (a *app) check(ctx context.Context, conf Config) ([]schema.Finding, error) 
 		problems(ps)
 		if defs != nil {
 			tables = defs.TableNames()
-			add(schema.OK, "definitions", "definitions", strings.Join([]string{count(len(defs.Subscriptions), "subscription"), count(len(defs.Sets), "set"), count(len(defs.Groups), "group"), count(len(tables), "table")}, ", "), "")
+			add(schema.OK, "definitions", "definitions", fmt.Sprintf("%d subscriptions, %d sets, %d groups, %d tables", len(defs.Subscriptions), len(defs.Sets), len(defs.Groups), len(tables)), "")
 		}
 	}
 	if defs != nil {

@@ -126,8 +126,8 @@ func newSchemaApply(a *app) *cobra.Command {
 	c := &cobra.Command{Use: "apply", Short: "Take over what has changed in the source's tables", Args: cobra.NoArgs,
 		Long: `Take over what has changed in the source's tables: mirror tables are altered, and their rows compared with the source's. Rows that
 are equal are not touched, and tables that nothing has happened to are not looked at; devices' records that wait go on, or are refused where the table
-has no place for them any more (schema_changed). It can be ended at any point and run again. Servers that run must be restarted afterwards: until then their
-merges and replies know the tables as they were.`,
+has no place for them any more (schema_changed). It can be ended at any point and run again. Servers that run
+take the tables over at once, and devices with their next session.`,
 		RunE: func(c *cobra.Command, _ []string) error {
 			return a.withDefinitions(c.Context(), func(ctx context.Context, conf Config, _ *pgxpool.Pool, defs *schema.Definitions) error {
 				if err := a.confirm(yes, "This alters mirror tables as the source's were altered, and refuses records of devices that have no place in them any more", "schema apply"); err != nil {
@@ -140,9 +140,6 @@ merges and replies know the tables as they were.`,
 				}
 				if err != nil {
 					return schemaFailure(conf, err)
-				}
-				if len(done) > 0 {
-					a.say("restart the servers: their merges and replies, and so the devices, take the tables over then")
 				}
 				return nil
 			})
@@ -172,6 +169,8 @@ func schemaFailure(conf Config, err error) error {
 	switch {
 	case errors.As(err, &problems):
 		return &failure{code: exitPrecondition, what: "the tables cannot be taken over yet", where: conf.Definitions, err: problems, remedy: "see 'waystage schema diff'"}
+	case errors.Is(err, schema.ErrUnderWay):
+		return &failure{code: exitAttention, what: "the change is in force, and an older reply still under way", err: err, remedy: "run it again: it waits for what is under way"}
 	case errors.Is(err, schema.ErrNotSetUp):
 		return &failure{code: exitPrecondition, what: "the mirror is not set up", err: errors.New(oneLine(err.Error())), remedy: "'waystage serve' sets it up"}
 	}

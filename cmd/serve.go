@@ -47,6 +47,7 @@ const grace = 30 * time.Second
 //	       │    ├─ health listener               1   /healthz /readyz /metrics
 //	       │    ├─ callout                       1   decides devices' logins for the broker
 //	       │    ├─ registry watch                1   closes connections of who is blocked
+//	       │    ├─ definitions                   1   takes over what is applied
 //	       │    ├─ kicks                         3   intake, merge, reply: "there is work"
 //	       │    ├─ watch                         1   what waits for connected devices
 //	       │    ├─ pool settings                 1   "the operator has changed something"
@@ -114,8 +115,9 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	reader := health.NewReader(source, mirror, func(ctx context.Context) ([]health.Queue, error) { return depths(ctx, q) })
 	metrics.MustRegister(health.NewCollector(reader.Read, 5*time.Second, log.Named("health")))
 	var setUp atomic.Bool
+	current := stages.NewFollower(mirror, log.Named("definitions"))
 	listener := health.New(health.Config{Listen: c.Health.Listen, Metrics: metrics, Version: version,
-		Checks: checks(source, mirror, q, &setUp, c.Retention.WAL)}, log.Named("health"))
+		Checks: checks(source, mirror, q, current, &setUp)}, log.Named("health"))
 	var healthURL string
 	if c.Health.Listen != "" {
 		l, err := listener.Listen(ctx)
@@ -152,8 +154,9 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	}
 	setUp.Store(true)
 
-	catalog := stages.NewCatalog(done.Epoch, done.Definitions, done.Tables)
-	current := func() *stages.Catalog { return catalog }
+	if err := current.Load(ctx); err != nil {
+		return setupFailure(c, err)
+	}
 	// Asked at each session: another server may have added tables, and one that left the definitions stays in step.
 	tables := func(ctx context.Context) ([]*schema.Table, error) { return schema.LoadTables(ctx, mirror) }
 	kick := func(stage string) {
@@ -166,6 +169,7 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	callout := queue.NewCallout(broker, users, log)
 	sup.Go(func() error { return callout.Run(support) })
 	sup.Go(func() error { return users.Watch(support, q.Disconnect) })
+	sup.Go(func() error { return current.Follow(support) })
 	pruner := stages.NewPruner(stages.RetentionConfig{Changes: keep(c.Retention.Ledger), Sessions: keep(c.Retention.Ledger),
 		Rejects: keep(c.Retention.Rejects), Handled: keep(c.Retention.Handled), Cursors: keep(c.Retention.Tombstones)}, mirror, log.Named("prune"))
 	sup.Go(func() error { return pruner.Run(support) })
@@ -180,7 +184,7 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	sup.Go(func() error { return watch.Run(support) })
 	sessions := stages.NewSessions(mirror)
 	gateway := queue.NewGateway(q, queue.GatewayConfig{Hold: time.Duration(c.Reply.Hold), Applied: sessions.Close, News: watch.News},
-		enroller(users, mirror, done.Definitions, done.Epoch), sessions.Status, log)
+		enroller(users, current), sessions.Status, log)
 	captureUp := capture.New(capture.Config{Direction: capture.Up, Server: c.Mirror.DSN, Mirror: c.Mirror.DSN, Slot: schema.SlotUp(done.Epoch),
 		Publication: schema.PublicationUp, Queue: publisher{q, queue.Up}, Log: log})
 	captureDown := capture.New(capture.Config{Direction: capture.Down, Server: c.Source.DSN, Mirror: c.Mirror.DSN, Slot: schema.SlotDown(done.Epoch),
@@ -199,22 +203,20 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 		stage  string
 		poll   time.Duration
 		worker func() stages.Worker
-		done   func() int64
-		lag    func() int64
 	}{
-		{"gateway", -1, newRunners(gateway.Run, tellGateway(gateway)), func() int64 { s := gateway.Stats(); return s.Puts + s.Gets + s.Acks + s.Statuses + s.Enrols }, nil},
-		{"intake", -1, intake.Worker, nil, nil},
-		{"merge", 0, merge.Worker, nil, nil},
-		{"reply", 0, reply.Worker, nil, nil},
-		{"capture-up", -1, newRunner(captureUp.Run, tellCapture(captureUp)), captured(captureUp), lagging(captureUp)},
-		{"apply-up", -1, newRunner(applyUp.Run, tellApply(applyUp.Stats)), applied(applyUp.Stats), nil},
-		{"capture-down", -1, newRunner(captureDown.Run, tellCapture(captureDown)), captured(captureDown), lagging(captureDown)},
-		{"apply-down", -1, newRunner(applyDown.Run, tellApply(applyDown.Stats)), applied(applyDown.Stats), nil},
+		{"gateway", -1, newRunners(gateway.Run, tellGateway(gateway))},
+		{"intake", -1, intake.Worker},
+		{"merge", 0, merge.Worker},
+		{"reply", 0, reply.Worker},
+		{"capture-up", -1, newRunner(captureUp.Run, tellCapture(captureUp))},
+		{"apply-up", -1, newRunner(applyUp.Run, tellApply(applyUp.Stats))},
+		{"capture-down", -1, newRunner(captureDown.Run, tellCapture(captureDown))},
+		{"apply-down", -1, newRunner(applyDown.Run, tellApply(applyDown.Stats))},
 	} {
 		if sizes[p.stage] == 0 {
 			continue // another process's work
 		}
-		pool := stages.NewPool(stages.PoolConfig{Stage: p.stage, Size: sizes[p.stage], Poll: p.poll, Grace: grace, Done: p.done, Lag: p.lag}, mirror, p.worker, log)
+		pool := stages.NewPool(stages.PoolConfig{Stage: p.stage, Size: sizes[p.stage], Poll: p.poll, Grace: grace}, mirror, p.worker, log)
 		pools = append(pools, pool)
 		withdraw, err := q.Announce(p.stage, "1.0.0", func() any { return pool.Snapshot() })
 		if err != nil {
@@ -317,8 +319,8 @@ func forwardKicks(ctx context.Context, g *errgroup.Group, q *queue.Queue, pools 
 	return nil
 }
 
-// checks are the conditions of readiness. keep is how much log a slot may hold back without a warning; 0: any.
-func checks(source, mirror *pgxpool.Pool, q *queue.Queue, setUp *atomic.Bool, keep Size) []health.Check {
+// checks are the conditions of readiness.
+func checks(source, mirror *pgxpool.Pool, q *queue.Queue, current *stages.Follower, setUp *atomic.Bool) []health.Check {
 	ping := func(p *pgxpool.Pool) func(context.Context) error {
 		return func(ctx context.Context) error {
 			var one int
@@ -340,6 +342,7 @@ func checks(source, mirror *pgxpool.Pool, q *queue.Queue, setUp *atomic.Bool, ke
 			}
 			return nil
 		}},
+		{Name: "definitions", Run: func(context.Context) error { return current.Err() }},
 		{Name: "slots", Run: func(ctx context.Context) error {
 			if !setUp.Load() {
 				return nil
@@ -349,16 +352,6 @@ func checks(source, mirror *pgxpool.Pool, q *queue.Queue, setUp *atomic.Bool, ke
 				return err
 			}
 			return errors.Join(slotStands(ctx, source, schema.SlotDown(epoch)), slotStands(ctx, mirror, schema.SlotUp(epoch)))
-		}},
-		{Name: "wal", Advisory: true, Run: func(ctx context.Context) error {
-			if !setUp.Load() || keep == 0 {
-				return nil
-			}
-			epoch, err := schema.Epoch(ctx, mirror)
-			if err != nil {
-				return err
-			}
-			return errors.Join(slotKeeps(ctx, source, schema.SlotDown(epoch), keep), slotKeeps(ctx, mirror, schema.SlotUp(epoch), keep))
 		}},
 		{Name: "tables", Advisory: true, Run: func(ctx context.Context) error {
 			if !setUp.Load() {
@@ -398,17 +391,6 @@ func slotStands(ctx context.Context, db *pgxpool.Pool, slot string) error {
 	return nil
 }
 
-// slotKeeps complains of a slot that holds back more log than the configuration wants to hear of.
-func slotKeeps(ctx context.Context, db *pgxpool.Pool, slot string, most Size) error {
-	var kept int64
-	err := db.QueryRow(ctx, `SELECT coalesce(max(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END - restart_lsn), 0)::int8
-		FROM pg_replication_slots WHERE slot_name = $1`, slot).Scan(&kept)
-	if err == nil && kept > int64(most) {
-		err = fmt.Errorf("slot %s holds back %s of WAL, more than retention.wal (%s)", slot, human(kept), most)
-	}
-	return err
-}
-
 // depths are the streams' contents for the metrics.
 func depths(ctx context.Context, q *queue.Queue) ([]health.Queue, error) {
 	d, err := q.Depth(ctx)
@@ -435,16 +417,13 @@ func directionOf(stream string) string {
 }
 
 // enroller lets the gateway give a device its key, and tells it its sets.
-func enroller(users *registry.Registry, mirror *pgxpool.Pool, defs *schema.Definitions, epoch string) queue.Enroller {
+func enroller(users *registry.Registry, current *stages.Follower) queue.Enroller {
 	return func(ctx context.Context, user, device string, req protocol.Enrolment) (protocol.Enrolled, error) {
 		if err := users.Enrol(ctx, user, device, req.Key, req.App); err != nil {
 			return protocol.Enrolled{}, err
 		}
-		var groups []string
-		if err := mirror.QueryRow(ctx, "SELECT groups FROM waystage.app_user WHERE name = $1", user).Scan(&groups); err != nil {
-			return protocol.Enrolled{}, err
-		}
-		return protocol.Enrolled{User: user, Device: device, Sets: defs.SetsFor(groups), Epoch: epoch}, nil
+		sets, epoch, err := current.SetsOf(ctx, user)
+		return protocol.Enrolled{User: user, Device: device, Sets: sets, Epoch: epoch}, err
 	}
 }
 

@@ -20,7 +20,7 @@ func newSubscriptions(a *app) *cobra.Command {
 	c := &cobra.Command{Use: "subscriptions", Short: "The definitions: which part of which table who gets and may change",
 		Long: `The definitions say which part of which table who gets and may change: subscriptions, sets and groups, in a YAML file. The mirror keeps every version that was
 ever in force. The file of the configuration counts at the first start; afterwards the newest version in the mirror is in force, whatever the file says.`}
-	c.AddCommand(newSubscriptionsValidate(a), newSubscriptionsLs(a), newSubscriptionsShow(a), newSubscriptionsExport(a), newSubscriptionsSchema(a),
+	c.AddCommand(newSubscriptionsValidate(a), newSubscriptionsPlan(a), newSubscriptionsLs(a), newSubscriptionsShow(a), newSubscriptionsExport(a), newSubscriptionsSchema(a),
 		newSubscriptionsApply(a), newSubscriptionsRollback(a))
 	return c
 }
@@ -387,6 +387,18 @@ func notUsable(file string, err error) error {
 	return &failure{code: exitUsage, what: "the definitions cannot be used; those in force stay so", where: file, err: err, remedy: "'waystage subscriptions validate' names everything at once"}
 }
 
+// foresee shows somebody who is asked what they are asked about.
+func (a *app) foresee(ctx context.Context, conf Config, mirror *pgxpool.Pool, defs *schema.Definitions, yes bool) error {
+	if yes || !a.inTTY {
+		return nil
+	}
+	plan, err := a.plan(ctx, conf, mirror, defs, planWithin)
+	if err != nil {
+		return err
+	}
+	return a.printPlan(a.err, plan)
+}
+
 // enforce puts definitions in force, once somebody has agreed.
 func (a *app) enforce(ctx context.Context, conf Config, mirror *pgxpool.Pool, f format, defs *schema.Definitions, note string, yes bool) error {
 	if len(note) > schema.MostNote || strings.ContainsFunc(note, func(r rune) bool { return r < ' ' || r == 0x7f }) {
@@ -402,6 +414,8 @@ func (a *app) enforce(ctx context.Context, conf Config, mirror *pgxpool.Pool, f 
 	}
 	if defs.SHA256() == now.SHA256 {
 		a.say("version %d, which is in force, says the same: there is nothing to do but what an attempt that was cut off has left", now.Number)
+	} else if err := a.foresee(ctx, conf, mirror, defs, yes); err != nil {
+		return err
 	} else if err := a.confirm(yes, fmt.Sprintf("This puts %s in force in place of version %d, for all devices", defs.File, now.Number), "apply"); err != nil {
 		return err
 	}
@@ -420,6 +434,6 @@ func (a *app) enforce(ctx context.Context, conf Config, mirror *pgxpool.Pool, f 
 	if now, err = stored(ctx, mirror, nil); err != nil {
 		return err
 	}
-	a.say("version %d is in force; restart the servers: they take it over then", now.Number)
+	a.say("version %d is in force, in all servers", now.Number)
 	return nil
 }

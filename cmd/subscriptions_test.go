@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -180,5 +181,84 @@ func TestSubscriptionsApply(t *testing.T) {
 	o.run(exitOK, "", "subscriptions rollback --yes")
 	if list := data[[]schema.Version](o, exitOK, "subscriptions ls -o json"); list[0].SHA256 != list[2].SHA256 {
 		t.Errorf("%+v", list)
+	}
+}
+
+// TestSubscriptionsPlan: a plan names what would change, for whom, and counts the rows as the devices would get them; it changes nothing. Where
+// it has no time or no table to count in, it says so.
+func TestSubscriptionsPlan(t *testing.T) {
+	o := newOperator(t)
+	o.init()
+	stop := o.serve(nurse.Definitions(), "health.listen=")
+	defer stop()
+	o.at(o.source, "CREATE TABLE vn.more (id int PRIMARY KEY, owner text)")
+	who := nurse.Nurses(2)
+	for i, p := range who {
+		o.at(o.mirror, "INSERT INTO waystage.app_user (name, password_hash, groups) VALUES ('"+p.Login+"', '!', '{nurses}')")
+		for d := range i + 1 { // the second has two devices
+			o.at(o.mirror, "INSERT INTO waystage.device (user_name, name, oldest_unsent_at) VALUES ('"+p.Login+"', 'd"+strconv.Itoa(d)+"', now())")
+		}
+	}
+	same := o.write("same.yaml", nurse.Definitions())
+	if got := o.run(exitOK, "", "subscriptions plan "+same); !strings.Contains(got.err, "nothing would change") || got.out != "" {
+		t.Errorf("%+v", got)
+	}
+	o.run(exitUsage, "", "subscriptions plan "+o.write("bad.yaml", "version: 1\nsubscriptions:\n  a: {table: vn.nowhere}\n"))
+	o.run(exitUsage, "", "subscriptions plan --within 0s "+same)
+
+	body := strings.Replace(nurse.Definitions(), "where n.login = :user", "where n.login = :user and a.patient_id % 2 = 0", 1)
+	body = strings.Replace(body, "columns: [id, login, name, phone, active]", "columns: [id, login, name, hired]", 1)
+	body = strings.Replace(body, "field: [colleagues, medications, ", "field: [colleagues, more, ", 1)
+	body = strings.Replace(body, "subscriptions:\n", "subscriptions:\n  more: {table: vn.more, key: owner, rows: 'select :user'}\n", 1)
+	file := o.write("next.yaml", body)
+	plan := data[schema.Plan](o, exitDiffers, "subscriptions plan -o json --within 5m "+file)
+	if plan.From != 1 || plan.Users != 2 || plan.Devices != 3 || plan.Unsent != 3 || len(plan.Refresh) != 1 || plan.Refresh[0].Devices != 3 {
+		t.Errorf("%+v", plan)
+	}
+	changed := map[string]string{}
+	for _, c := range plan.Changes {
+		changed[c.Kind+" "+c.Name] = c.Action
+	}
+	if changed["subscription more"] != "add" || changed["subscription patients"] != "change" || changed["set field"] != "change" || changed["group nurses"] != "" {
+		t.Errorf("%v", changed)
+	}
+	if len(plan.Tables) != 1 || plan.Tables[0].Table != "vn.more" || plan.Tables[0].Action != "copy" {
+		t.Errorf("%+v", plan.Tables)
+	}
+	rows := map[string]schema.PlanRows{}
+	for _, r := range plan.Rows {
+		rows[r.Table] = r
+	}
+	odd := o.at(o.mirror, "SELECT sum(CASE n.login WHEN '"+who[0].Login+"' THEN 1 ELSE 2 END)::text FROM vn.assignment a JOIN vn.nurse n ON n.id = a.nurse_id WHERE a.patient_id % 2 = 1 AND n.id <= 2")
+	if r := rows["vn.patient"]; strconv.FormatInt(r.Leave, 10) != odd || odd == "0" || r.Enter != 0 || r.How != schema.PlanExact || r.Devices != 3 || r.Users != 2 {
+		t.Errorf("%s patients leave: %+v", odd, r)
+	}
+	medications := o.at(o.mirror, "SELECT (3 * count(*))::text FROM vn.medication")
+	if r := rows["vn.medication"]; r.Set != "" || r.Was != "field" || strconv.FormatInt(r.Leave, 10) != medications {
+		t.Errorf("%s medications leave: %+v", medications, r)
+	}
+	if r := rows["vn.nurse"]; strings.Join(r.Gained, ",") != "hired" || strings.Join(r.Lost, ",") != "phone,active" || r.Enter+r.Leave != 0 {
+		t.Errorf("%+v", r)
+	}
+	if r := rows["vn.more"]; r.How != schema.PlanUnknown {
+		t.Errorf("%+v", r)
+	}
+	got := o.run(exitDiffers, "", "subscriptions plan "+file)
+	for _, want := range []string{"subscription patients", "is copied", "+hired -phone -active", "field -> -", "not known"} {
+		if !strings.Contains(got.out, want) {
+			t.Errorf("%q is missing in\n%s", want, got.out)
+		}
+	}
+	short := data[schema.Plan](o, exitDiffers, "subscriptions plan -o json --within 1ns "+file)
+	for _, r := range short.Rows {
+		if r.Table == "vn.patient" && r.How == schema.PlanExact {
+			t.Errorf("counted in no time: %+v", r)
+		}
+	}
+	if got := o.at(o.mirror, "SELECT max(version)::text FROM waystage.definition"); got != "1" {
+		t.Errorf("version %s", got)
+	}
+	if got := o.at(o.mirror, "SELECT coalesce(to_regclass('vn.more')::text, 'none')"); got != "none" {
+		t.Errorf("plan made a table")
 	}
 }

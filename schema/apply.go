@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"go.uber.org/zap"
@@ -107,6 +108,9 @@ func (s *setup) apply(ctx context.Context, resync []string) (out []Applied, err 
 	if err := s.enforce(ctx); err != nil {
 		return out, fmt.Errorf("put the definitions in force: %w", err)
 	}
+	if err := s.expire(ctx); err != nil {
+		return out, err
+	}
 	// Only now: until here the definitions before needed them.
 	for _, i := range found {
 		if i.Action == ActRemove {
@@ -196,6 +200,43 @@ func (s *setup) enforceIn(ctx context.Context, tx pgx.Tx, tables []*Table) error
 		return err
 	}
 	return moveLayout(ctx, tx)
+}
+
+// expirePatience bounds the waiting for replies by an older version.
+const expirePatience = 2 * time.Minute
+
+// ErrUnderWay is returned by [Apply] when all is done, the new version in force, and something that was begun by an older one still
+// under way.
+var ErrUnderWay = errors.New("the new version is in force, but a reply or merge that was begun by the one before has not ended yet")
+
+// expire waits for merges and replies that go by an older layout. All that begin now go by the present one: what it does not give goes to nobody
+// after this.
+func (s *setup) expire(ctx context.Context) error {
+	layout, err := Layout(ctx, s.mirror)
+	if err != nil {
+		return err
+	}
+	for began := time.Now(); ; {
+		var old int
+		err := s.mirror.QueryRow(ctx, `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2 AND granted
+			AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND classid::bigint = $1 AND objid::bigint < $2`,
+			LayoutLockClass, LayoutLock(layout)).Scan(&old)
+		switch {
+		case err != nil:
+			return fmt.Errorf("look for replies by an older version: %w", err)
+		case old == 0:
+			return nil
+		case time.Since(began) > expirePatience:
+			return fmt.Errorf("%w (%d of them, after %s)", ErrUnderWay, old, expirePatience)
+		}
+		t := time.NewTimer(20 * time.Millisecond)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return ctx.Err()
+		case <-t.C:
+		}
+	}
 }
 
 // reindex makes the subset indexes that the definitions need, beside those that are there, while the tables are written; it returns

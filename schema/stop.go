@@ -45,8 +45,8 @@ type Beginner interface {
 	Begin(ctx context.Context) (pgx.Tx, error)
 }
 
-// Layout is the number of the synced tables' present layout. Whoever works with [LoadTables]' answer reads it before, and
-// asks anew when it has moved.
+// Layout is the number of the present layout of tables and definitions. Whoever works with [LoadTables]' or [LoadDefinitions]' answer reads
+// it before or in the same snapshot, and asks anew when it has moved.
 func Layout(ctx context.Context, q Querier) (int64, error) {
 	text, err := readMeta(ctx, q, "layout")
 	if err != nil || text == "" {
@@ -68,8 +68,13 @@ func lockLayout(ctx context.Context, tx pgx.Tx) (int64, error) {
 	return strconv.ParseInt(text, 10, 64)
 }
 
+// LayoutChannel is notified with each new layout, that is for new tables and new definitions.
+const LayoutChannel = "waystage_layout"
+
+// moveLayout gives the layout another number, once per transaction at most for each change of what it stands for.
 func moveLayout(ctx context.Context, q Querier) error {
-	_, err := q.Exec(ctx, "UPDATE waystage.meta SET value = (value::bigint + 1)::text WHERE key = 'layout'")
+	_, err := q.Exec(ctx, `WITH moved AS (UPDATE waystage.meta SET value = (value::bigint + 1)::text WHERE key = 'layout' RETURNING value)
+		SELECT pg_notify($1, value) FROM moved`, LayoutChannel)
 	return err
 }
 

@@ -110,6 +110,13 @@ const (
 // read.
 const TableLockClass = 22355
 
+// LayoutLockClass is the first number of the shared advisory locks that merge (for its transaction) and reply (until its pages
+// are out) hold while they go by one layout; the second is [LayoutLock] of it. [Apply] waits for those by older ones.
+const LayoutLockClass = 22359
+
+// LayoutLock is the second number of a layout's advisory lock.
+func LayoutLock(layout int64) int64 { return layout & 0x7fffffff }
+
 // Session settings that make text representations canonical (rule R5). Set on every connection that carries values,
 // replication connections too.
 var Canonical = map[string]string{

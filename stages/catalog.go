@@ -12,6 +12,7 @@ import (
 // is a new Catalog.
 type Catalog struct {
 	epoch  string // of the mirror
+	layout int64  // number of the mirror's layout that it is of
 	defs   *schema.Definitions
 	tables map[int]*tableSQL
 	sets   map[string]*set
@@ -34,10 +35,10 @@ type subscription struct {
 	reply   *replySQL
 }
 
-// NewCatalog makes the catalog of a mirror with this epoch, from checked definitions and the tables that they were
-// checked against.
-func NewCatalog(epoch string, defs *schema.Definitions, tables []*schema.Table) *Catalog {
-	c := &Catalog{epoch: epoch, defs: defs, tables: make(map[int]*tableSQL, len(tables)), sets: make(map[string]*set, len(defs.Sets))}
+// NewCatalog makes the catalog of a mirror with this epoch and layout ([schema.Layout]), from checked definitions and the
+// tables that they were checked against.
+func NewCatalog(epoch string, layout int64, defs *schema.Definitions, tables []*schema.Table) *Catalog {
+	c := &Catalog{epoch: epoch, layout: layout, defs: defs, tables: make(map[int]*tableSQL, len(tables)), sets: make(map[string]*set, len(defs.Sets))}
 	byName := make(map[string]*schema.Table, len(tables))
 	for _, t := range tables {
 		key, _ := defs.SubsetKey(t.FullName())

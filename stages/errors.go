@@ -11,7 +11,10 @@ import (
 var errNoCatalog = errors.New("stages: no subscription definitions yet")
 
 // transient tells whether the same work may succeed later.
-func transient(err error) bool { return pgerr.Class(err) == pgerr.Retryable }
+func transient(err error) bool {
+	var u *unusable
+	return errors.As(err, &u) || pgerr.Class(err) == pgerr.Retryable
+}
 
 // setError is a failure of a set's definition: its key query cannot be evaluated.
 type setError struct {

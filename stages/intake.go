@@ -46,21 +46,21 @@ const maxRow = 960 << 10
 
 // Intake takes requests from the input queue into the staging tables, one commit for all that is queued.
 type Intake struct {
-	cfg     IntakeConfig
-	db      *pgxpool.Pool
-	catalog func() *Catalog
-	input   Input
-	output  Output
-	kick    kicks
-	log     *zap.Logger
-	metrics *metrics
-	now     func() time.Time
+	cfg      IntakeConfig
+	db       *pgxpool.Pool
+	catalogs Catalogs
+	input    Input
+	output   Output
+	kick     kicks
+	log      *zap.Logger
+	metrics  *metrics
+	now      func() time.Time
 }
 
-// NewIntake makes the stage. catalog gives the newest catalog; kick wakes a stage in all processes.
-func NewIntake(cfg IntakeConfig, db *pgxpool.Pool, catalog func() *Catalog, input Input, output Output, kick func(stage string), log *zap.Logger) *Intake {
+// NewIntake makes the stage. catalogs gives the newest catalog; kick wakes a stage in all processes.
+func NewIntake(cfg IntakeConfig, db *pgxpool.Pool, catalogs Catalogs, input Input, output Output, kick func(stage string), log *zap.Logger) *Intake {
 	return &Intake{
-		cfg: cfg.withDefaults(), db: db, catalog: catalog, input: input, output: output, kick: kick, log: orNop(log),
+		cfg: cfg.withDefaults(), db: db, catalogs: catalogs, input: input, output: output, kick: kick, log: orNop(log),
 		metrics: newMetrics(StageIntake), now: time.Now,
 	}
 }
@@ -157,7 +157,6 @@ func (in *Intake) process(ctx context.Context, reqs []*incoming) error {
 	if len(reqs) == 0 {
 		return nil
 	}
-	cat := in.catalog()
 	open := make([]*incoming, 0, len(reqs))
 	for _, r := range reqs {
 		if r.outcome == undecided {
@@ -167,7 +166,11 @@ func (in *Intake) process(ctx context.Context, reqs []*incoming) error {
 	var back []*incoming // redelivered, with a reply that may be gone
 	if len(open) > 0 {
 		var err error
-		if back, err = in.stage(ctx, cat, open); err != nil {
+		_, err = byCatalog(ctx, in.catalogs, func(cat *Catalog) (int, error) {
+			back, err = in.stage(ctx, cat, open)
+			return 0, err
+		})
+		if err != nil {
 			return err
 		}
 	}
@@ -222,7 +225,7 @@ func (in *Intake) answer(ctx context.Context, r *incoming) error {
 	page := &protocol.Page{
 		V: protocol.Version, Incarnation: r.incarnation, N: r.n, Page: 1, Last: true, Error: r.refusal, Sets: r.sets,
 	}
-	if cat := in.catalog(); cat != nil {
+	if cat := in.catalogs.Now(); cat != nil {
 		page.Epoch = cat.epoch
 	}
 	contentType, encoding := r.contentType, r.encoding

@@ -13,9 +13,6 @@ import (
 // stage judges open requests and stages those that are taken, in one transaction. It returns the redelivered ones that
 // have been replied to.
 func (in *Intake) stage(ctx context.Context, cat *Catalog, reqs []*incoming) (back []*incoming, err error) {
-	if cat == nil {
-		return nil, errNoCatalog
-	}
 	tx, err := in.db.BeginTx(ctx, byIndex(""))
 	if err != nil {
 		return nil, fmt.Errorf("begin staging: %w", err)
@@ -40,7 +37,7 @@ func (in *Intake) stage(ctx context.Context, cat *Catalog, reqs []*incoming) (ba
 	if len(fresh) == 0 {
 		return back, nil // the device rows were only locked
 	}
-	if err := in.insert(ctx, tx, fresh); err != nil {
+	if err := in.insert(ctx, tx, cat, fresh); err != nil {
 		return nil, fmt.Errorf("stage %d sessions: %w", len(fresh), err)
 	}
 	if err := tx.Commit(ctx); err != nil {
@@ -78,7 +75,7 @@ func (in *Intake) devices(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 		users[i], devices[i] = r.user, r.device
 	}
 	rows, err := tx.Query(ctx, `
-		SELECT d.id, d.user_name, d.name, d.blocked OR u.blocked, u.groups
+		SELECT d.id, d.user_name, d.name, d.blocked OR u.blocked, u.groups, (SELECT value::bigint FROM waystage.meta WHERE key = 'layout')
 		FROM waystage.device d JOIN waystage.app_user u ON u.name = d.user_name
 		WHERE (d.user_name, d.name) IN (SELECT * FROM unnest($1::text[], $2::text[]))
 		ORDER BY d.id FOR NO KEY UPDATE OF d`, users, devices)
@@ -88,13 +85,17 @@ func (in *Intake) devices(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 	found := map[identity]known{}
 	var k known
 	var id identity
-	_, err = pgx.ForEachRow(rows, []any{&k.id, &id.user, &id.device, &k.blocked, &k.groups}, func() error {
+	layout := cat.layout
+	_, err = pgx.ForEachRow(rows, []any{&k.id, &id.user, &id.device, &k.blocked, &k.groups, &layout}, func() error {
 		found[id] = k
 		k.groups = nil
 		return nil
 	})
 	if err != nil {
 		return err
+	}
+	if layout != cat.layout {
+		return &outdated{layout} // a device may have learnt of it from another process
 	}
 	for _, r := range reqs {
 		k, ok := found[identity{r.user, r.device}]
@@ -187,8 +188,8 @@ func (in *Intake) ledgers(ctx context.Context, tx pgx.Tx, reqs []*incoming) erro
 }
 
 // insert writes sessions, records and ledger: one set insert, one COPY, one set update each.
-func (in *Intake) insert(ctx context.Context, tx pgx.Tx, reqs []*incoming) error {
-	if err := in.insertSessions(ctx, tx, reqs); err != nil {
+func (in *Intake) insert(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*incoming) error {
+	if err := in.insertSessions(ctx, tx, cat, reqs); err != nil {
 		return err
 	}
 	var at, idx = 0, -1
@@ -249,7 +250,7 @@ func (in *Intake) insert(ctx context.Context, tx pgx.Tx, reqs []*incoming) error
 	return tx.SendBatch(ctx, b).Close()
 }
 
-func (in *Intake) insertSessions(ctx context.Context, tx pgx.Tx, reqs []*incoming) error {
+func (in *Intake) insertSessions(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*incoming) error {
 	n := len(reqs)
 	var (
 		devices, ns                                       = make([]int64, n), make([]int64, n)
@@ -276,9 +277,9 @@ func (in *Intake) insertSessions(ctx context.Context, tx pgx.Tx, reqs []*incomin
 	// A session without records has nothing to be merged.
 	rows, err := tx.Query(ctx, `
 		INSERT INTO waystage.session (device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
-			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify, state, merged_at)
+			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify, judged_by, state, merged_at)
 		SELECT device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
-			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify::jsonb,
+			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify::jsonb, $19,
 			CASE WHEN records = 0 THEN 'merged' ELSE 'staged' END, CASE WHEN records = 0 THEN clock_timestamp() END
 		FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[],
 			$11::text[], $12::text[], $13::text[], $14::bytea[], $15::boolean[], $16::int[], $17::timestamptz[], $18::text[]) WITH ORDINALITY
@@ -286,7 +287,7 @@ func (in *Intake) insertSessions(ctx context.Context, tx pgx.Tx, reqs []*incomin
 			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify, ord)
 		ORDER BY ord
 		RETURNING token, id`,
-		devices, ns, users, names, tokens, incs, nonces, sets, cursors, epochs, schemas, contentTypes, encodings, hashes, waits, records, received, verify)
+		devices, ns, users, names, tokens, incs, nonces, sets, cursors, epochs, schemas, contentTypes, encodings, hashes, waits, records, received, verify, cat.layout)
 	if err != nil {
 		return err
 	}

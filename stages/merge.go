@@ -2,6 +2,7 @@ package stages
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -30,19 +31,19 @@ func (c MergeConfig) withDefaults() MergeConfig {
 
 // Merge moves staged sessions into the mirror: verdicts by rule D3, set-based, one transaction for many sessions.
 type Merge struct {
-	cfg     MergeConfig
-	db      *pgxpool.Pool
-	catalog func() *Catalog
-	kick    kicks
-	log     *zap.Logger
-	metrics *metrics
-	held    *held
+	cfg      MergeConfig
+	db       *pgxpool.Pool
+	catalogs Catalogs
+	kick     kicks
+	log      *zap.Logger
+	metrics  *metrics
+	held     *held
 }
 
-// NewMerge makes the stage. catalog gives the newest catalog; kick wakes a stage in all processes.
-func NewMerge(cfg MergeConfig, db *pgxpool.Pool, catalog func() *Catalog, kick func(stage string), log *zap.Logger) *Merge {
+// NewMerge makes the stage. catalogs gives the newest catalog; kick wakes a stage in all processes.
+func NewMerge(cfg MergeConfig, db *pgxpool.Pool, catalogs Catalogs, kick func(stage string), log *zap.Logger) *Merge {
 	return &Merge{
-		cfg: cfg.withDefaults(), db: db, catalog: catalog, kick: kick, log: orNop(log), metrics: newMetrics(StageMerge), held: newHeld(),
+		cfg: cfg.withDefaults(), db: db, catalogs: catalogs, kick: kick, log: orNop(log), metrics: newMetrics(StageMerge), held: newHeld(),
 	}
 }
 
@@ -54,11 +55,16 @@ func (m *Merge) Worker() Worker { return m }
 
 // Batch merges the oldest staged sessions.
 func (m *Merge) Batch(_, work context.Context, doing func(string)) (int, error) {
+	return byCatalog(work, m.catalogs, func(cat *Catalog) (int, error) { return m.batch(work, cat, doing) })
+}
+
+func (m *Merge) batch(work context.Context, cat *Catalog, doing func(string)) (int, error) {
 	began := time.Now()
-	b := &mergeBatch{m: m, ctx: work, cat: m.catalog()}
+	b := &mergeBatch{m: m, ctx: work, cat: cat}
 	err := b.run(doing)
 	if err != nil {
-		if work.Err() == nil {
+		var old *outdated
+		if work.Err() == nil && !errors.As(err, &old) {
 			m.held.fail(err, b.ids, m.cfg.Hold)
 		}
 		return 0, err
@@ -95,14 +101,12 @@ type mergeBatch struct {
 
 type mergeSession struct {
 	user, attributes, incarnation, set, epoch string
+	judgedBy                                  int64 // layout that intake judged by
 
 	seen map[string]int // table and key -> index, within the session
 }
 
 func (b *mergeBatch) run(doing func(string)) (err error) {
-	if b.cat == nil {
-		return errNoCatalog
-	}
 	if b.tx, err = b.m.db.BeginTx(b.ctx, byIndex("")); err != nil {
 		return fmt.Errorf("begin merging: %w", err)
 	}
@@ -115,6 +119,9 @@ func (b *mergeBatch) run(doing func(string)) (err error) {
 	tables, err := b.lock()
 	if err != nil {
 		return fmt.Errorf("lock mirror tables: %w", err)
+	}
+	if err := b.rejudge(); err != nil {
+		return fmt.Errorf("judge anew what was staged under other definitions: %w", err)
 	}
 	for n := 1; ; n++ {
 		if err := b.pass(tables); err != nil {
@@ -174,7 +181,7 @@ func (b *mergeBatch) claim() (records int, err error) {
 	var id int64
 	var n int
 	var s mergeSession
-	_, err = pgx.ForEachRow(rows, []any{&id, &s.user, &s.attributes, &s.incarnation, &s.set, &s.epoch, &n}, func() error {
+	_, err = pgx.ForEachRow(rows, []any{&id, &s.user, &s.attributes, &s.incarnation, &s.set, &s.epoch, &s.judgedBy, &n}, func() error {
 		c := s
 		b.ids, b.sessions[id] = append(b.ids, id), &c
 		records += n
@@ -185,6 +192,7 @@ func (b *mergeBatch) claim() (records int, err error) {
 
 func (b *mergeBatch) lock() (tables []int, err error) {
 	q := &pgx.Batch{}
+	q.Queue(`SELECT pg_advisory_xact_lock_shared($1, $2::int)`, schema.LayoutLockClass, schema.LayoutLock(b.cat.layout))
 	q.Queue(`SELECT pg_current_xact_id()::text::bigint`).QueryRow(func(row pgx.Row) error { return row.Scan(&b.stamp) })
 	q.Queue(lockSQL, b.ids, schema.TableLockClass).Query(func(rows pgx.Rows) error {
 		var tbl int
@@ -195,8 +203,17 @@ func (b *mergeBatch) lock() (tables []int, err error) {
 		})
 		return err
 	})
+	// When the tables are locked: they do not change any more now.
+	layout := b.cat.layout
+	q.Queue(layoutSQL).QueryRow(func(row pgx.Row) error { return row.Scan(&layout) })
 	q.Queue("SAVEPOINT ws_pass")
-	return tables, b.tx.SendBatch(b.ctx, q).Close()
+	if err := b.tx.SendBatch(b.ctx, q).Close(); err != nil {
+		return nil, err
+	}
+	if layout != b.cat.layout {
+		return nil, &outdated{layout}
+	}
+	return tables, nil
 }
 
 // finish ends the sessions' staging.

@@ -135,7 +135,7 @@ WHERE s.tbl = %[4]d AND s.session_id = b.session_id AND s.idx = b.idx`, maxDetai
 
 // claimSQL takes staged sessions, oldest first: $1 records, $2 sessions and $3 sets to leave alone, $4 sessions.
 const claimSQL = `
-SELECT s.id, s.user_name, coalesce(u.attributes::text, '{}'), s.incarnation, s.set_name, s.epoch, s.records
+SELECT s.id, s.user_name, coalesce(u.attributes::text, '{}'), s.incarnation, s.set_name, s.epoch, s.judged_by, s.records
 FROM waystage.session s LEFT JOIN waystage.app_user u ON u.name = s.user_name
 WHERE s.state = 'staged' AND s.id IN (
 	SELECT q.id FROM (

@@ -12,6 +12,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/waystage/waystage/protocol"
+	"github.com/waystage/waystage/schema"
 )
 
 // ReplyConfig bounds reply. The zero value of a field takes the default.
@@ -37,19 +38,19 @@ func (c ReplyConfig) withDefaults() ReplyConfig {
 // Reply answers merged sessions: what changed in their subsets since their cursors, and their verdicts, from one
 // snapshot, as pages in the output queue.
 type Reply struct {
-	cfg     ReplyConfig
-	db      *pgxpool.Pool
-	catalog func() *Catalog
-	output  Output
-	log     *zap.Logger
-	metrics *metrics
-	held    *held
+	cfg      ReplyConfig
+	db       *pgxpool.Pool
+	catalogs Catalogs
+	output   Output
+	log      *zap.Logger
+	metrics  *metrics
+	held     *held
 }
 
-// NewReply makes the stage. catalog gives the newest catalog.
-func NewReply(cfg ReplyConfig, db *pgxpool.Pool, catalog func() *Catalog, output Output, log *zap.Logger) *Reply {
+// NewReply makes the stage. catalogs gives the newest catalog.
+func NewReply(cfg ReplyConfig, db *pgxpool.Pool, catalogs Catalogs, output Output, log *zap.Logger) *Reply {
 	return &Reply{
-		cfg: cfg.withDefaults(), db: db, catalog: catalog, output: output, log: orNop(log), metrics: newMetrics(StageReply), held: newHeld(),
+		cfg: cfg.withDefaults(), db: db, catalogs: catalogs, output: output, log: orNop(log), metrics: newMetrics(StageReply), held: newHeld(),
 	}
 }
 
@@ -62,17 +63,17 @@ func (r *Reply) Worker() Worker { return r }
 // Batch answers the oldest merged sessions. Those that begin with everything are answered one at a time: their
 // snapshot is held long.
 func (r *Reply) Batch(_, work context.Context, doing func(string)) (int, error) {
-	cat := r.catalog()
-	if cat == nil {
-		return 0, errNoCatalog
-	}
+	return byCatalog(work, r.catalogs, func(cat *Catalog) (int, error) { return r.batch(work, cat, doing) })
+}
+
+func (r *Reply) batch(work context.Context, cat *Catalog, doing func(string)) (int, error) {
 	began := time.Now()
 	conn, err := r.db.Acquire(work)
 	if err != nil {
 		return 0, fmt.Errorf("connect for replies: %w", err)
 	}
 	defer conn.Release()
-	locked, sessions, err := r.claim(work, conn)
+	locked, sessions, err := r.claim(work, conn, cat)
 	if locked || err != nil {
 		defer unlock(conn)
 	}
@@ -88,7 +89,8 @@ func (r *Reply) Batch(_, work context.Context, doing func(string)) (int, error) 
 	answer := func(list []*session) error {
 		b := &replyBatch{r: r, ctx: work, cat: cat, conn: conn, sessions: list}
 		if err := b.run(); err != nil {
-			if work.Err() == nil {
+			var old *outdated
+			if work.Err() == nil && !errors.As(err, &old) {
 				r.held.fail(err, b.ids(), r.cfg.Hold)
 			}
 			return err
@@ -126,10 +128,12 @@ type session struct {
 	nonce, set            string
 	cursorFrom, schema    string
 	contentType, encoding string
+	records               int
 	verify                *protocol.Verification // nil: the device knows of none
 	asked                 bool                   // the operator wants the set verified
 
 	from     *cursor // nil: everything
+	gone     bool    // its set is not the user's any more: verdicts are told, and all rows leave
 	tables   []subset
 	verdicts []protocol.Verdict
 	open     bool // verdicts of the session's own records are still to come
@@ -141,7 +145,7 @@ type session struct {
 
 // claim locks sessions for this worker. The locks are of the connection, not of a transaction: a transaction that had
 // locked rows would hold back the horizon of all cursors while pages are made.
-func (r *Reply) claim(ctx context.Context, conn *pgxpool.Conn) (locked bool, sessions []*session, err error) {
+func (r *Reply) claim(ctx context.Context, conn *pgxpool.Conn, cat *Catalog) (locked bool, sessions []*session, err error) {
 	heldSessions, heldSets, one := r.held.now()
 	limit := r.cfg.MaxSessions
 	if one {
@@ -160,6 +164,10 @@ func (r *Reply) claim(ctx context.Context, conn *pgxpool.Conn) (locked bool, ses
 	if err != nil || len(ids) == 0 {
 		return false, nil, err
 	}
+	// Before the snapshot: who applies new definitions waits for replies by the old ones.
+	if _, err := tx.Exec(ctx, `SELECT pg_advisory_lock_shared($1, $2::int)`, schema.LayoutLockClass, schema.LayoutLock(cat.layout)); err != nil {
+		return true, nil, err
+	}
 	// Looked at again, now that they are locked: another worker may have answered them.
 	if rows, err = tx.Query(ctx, sessionsSQL, ids); err != nil {
 		return true, nil, err
@@ -167,7 +175,7 @@ func (r *Reply) claim(ctx context.Context, conn *pgxpool.Conn) (locked bool, ses
 	sessions, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (*session, error) {
 		s := &session{}
 		return s, row.Scan(&s.id, &s.deviceID, &s.user, &s.device, &s.groups, &s.attributes, &s.token, &s.incarnation, &s.n, &s.nonce, &s.set,
-			&s.cursorFrom, &s.schema, &s.contentType, &s.encoding, &s.verify, &s.asked)
+			&s.cursorFrom, &s.schema, &s.contentType, &s.encoding, &s.records, &s.verify, &s.asked)
 	})
 	return true, sessions, err
 }

@@ -109,10 +109,14 @@ func (b *replyBatch) run() error {
 	return nil
 }
 
-// admit refuses a session whose set its user does not have any more.
+// admit refuses a session whose set its user does not have any more. One that had records is told their verdicts, and that the set
+// is gone.
 func (b *replyBatch) admit(s *session) {
 	ok, sets := b.cat.allows(s.groups, s.set)
 	s.pages.first.Sets = sets
+	if s.gone = !ok && s.records > 0; s.gone {
+		return
+	}
 	if !ok {
 		s.refusal = &protocol.Error{Code: protocol.CodeUnknownSet, Message: fmt.Sprintf("user %s has no subscription set %q", s.user, s.set)}
 		return
@@ -163,7 +167,7 @@ func (b *replyBatch) resume(cursors map[string]*cursor) error {
 		if c != nil && c.deviceID == s.deviceID && c.set == s.set && strings.HasPrefix(s.cursorFrom, b.cat.epoch+".") && c.keysets.Schema == b.schemaHash(s) {
 			s.from = c
 		}
-		s.pages.first.Refresh = s.from == nil
+		s.pages.first.Refresh = s.from == nil || s.gone
 	}
 	if err := b.compare(); err != nil {
 		return fmt.Errorf("compare key sets: %w", err)
@@ -189,8 +193,9 @@ func (b *replyBatch) gather() (map[string]*cursor, error) {
 	}
 	cursors := make(map[string]*cursor, len(tokens))
 	batch := &pgx.Batch{}
-	batch.Queue(`SELECT pg_snapshot_xmin(s)::text::bigint, s::text FROM pg_current_snapshot() s`).
-		QueryRow(func(row pgx.Row) error { return row.Scan(&b.xmin, &b.snapshot) })
+	layout := b.cat.layout
+	batch.Queue(`SELECT pg_snapshot_xmin(s)::text::bigint, s::text, (` + layoutSQL + `) FROM pg_current_snapshot() s`).
+		QueryRow(func(row pgx.Row) error { return row.Scan(&b.xmin, &b.snapshot, &layout) })
 	if len(tokens) > 0 {
 		batch.Queue(cursorsSQL, tokens).Query(func(rows pgx.Rows) error {
 			for rows.Next() {
@@ -238,7 +243,11 @@ func (b *replyBatch) gather() (map[string]*cursor, error) {
 		batch.Queue("ROLLBACK TO SAVEPOINT ws_reader")
 		batch.Queue("RELEASE SAVEPOINT ws_reader")
 	}
-	if err := b.tx.SendBatch(b.ctx, batch).Close(); err != nil {
+	err := b.tx.SendBatch(b.ctx, batch).Close()
+	if layout != b.cat.layout {
+		return nil, &outdated{layout} // whatever else went wrong
+	}
+	if err != nil {
 		if bad != nil && pgerr.Class(bad.err) != pgerr.Retryable {
 			return nil, bad
 		}

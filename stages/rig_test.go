@@ -71,6 +71,7 @@ type rig struct {
 	db     *pgxpool.Pool
 	tables []*schema.Table
 	cat    *Catalog
+	follow *Follower // nil: cat stays as it is
 	q      *memQueue
 	intake *Intake
 	merge  *Merge
@@ -168,7 +169,9 @@ func newRigOf(t testing.TB, ddl, defs string) *rig {
 	db, err := pgxpool.NewWithConfig(ctx, cfg)
 	must(err)
 	t.Cleanup(db.Close)
-	r := &rig{t: t, ctx: ctx, db: db, tables: tables, cat: NewCatalog("e1", d, tables), q: newMemQueue(), mu: new(sync.Mutex), kicks: map[string]int{}}
+	layout, err := schema.Layout(ctx, db)
+	must(err)
+	r := &rig{t: t, ctx: ctx, db: db, tables: tables, cat: NewCatalog("e1", layout, d, tables), q: newMemQueue(), mu: new(sync.Mutex), kicks: map[string]int{}}
 	r.stages()
 	return r
 }
@@ -187,7 +190,10 @@ func (r *rig) reset(t *testing.T) *rig {
 
 // stages makes the stages anew, as after a restart.
 func (r *rig) stages() {
-	catalog := func() *Catalog { return r.cat }
+	var catalog Catalogs = fixed{r}
+	if r.follow != nil {
+		catalog = r.follow
+	}
 	kick := func(stage string) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
@@ -197,6 +203,12 @@ func (r *rig) stages() {
 	r.merge = NewMerge(MergeConfig{Hold: 50 * time.Millisecond}, r.db, catalog, kick, nil)
 	r.reply = NewReply(ReplyConfig{Hold: 50 * time.Millisecond}, r.db, catalog, r.q, nil)
 }
+
+// fixed is what the rig has, whatever else is in force.
+type fixed struct{ r *rig }
+
+func (f fixed) Now() *Catalog                      { return f.r.cat }
+func (f fixed) Renew(context.Context, int64) error { return errors.New("a fixed catalog") }
 
 func (r *rig) exec(sql string, args ...any) {
 	r.t.Helper()

@@ -172,7 +172,11 @@ func (w *Watch) look(ctx context.Context, seen string) (now string, err error) {
 
 // ask tells those of list for whom a reply composed now would carry something.
 func (w *Watch) ask(ctx context.Context, conn *pgxpool.Conn, list []*waiter) error {
-	news, err := w.reply.news(ctx, conn, list)
+	var news map[*waiter][]string
+	_, err := byCatalog(ctx, w.reply.catalogs, func(cat *Catalog) (_ int, err error) {
+		news, err = w.reply.news(ctx, conn, cat, list)
+		return 0, err
+	})
 	if err != nil {
 		return err
 	}
@@ -190,11 +194,7 @@ JOIN waystage.device d ON d.user_name = u.user_name AND d.name = u.device
 JOIN waystage.app_user a ON a.name = u.user_name`
 
 // news tells for which sets of each device a reply would carry something.
-func (r *Reply) news(ctx context.Context, conn *pgxpool.Conn, list []*waiter) (map[*waiter][]string, error) {
-	cat := r.catalog()
-	if cat == nil {
-		return nil, errNoCatalog
-	}
+func (r *Reply) news(ctx context.Context, conn *pgxpool.Conn, cat *Catalog, list []*waiter) (map[*waiter][]string, error) {
 	b := &replyBatch{r: r, ctx: ctx, cat: cat, conn: conn}
 	news := map[*waiter][]string{}
 	owner := map[*session]*waiter{}

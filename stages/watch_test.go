@@ -27,7 +27,7 @@ func (r *rig) wantNews(want string, asks ...*waiter) {
 		r.t.Fatal(err)
 	}
 	defer conn.Release()
-	news, err := r.reply.news(r.ctx, conn, asks)
+	news, err := r.reply.news(r.ctx, conn, r.cat, asks)
 	if err != nil {
 		r.t.Fatal(err)
 	}

@@ -104,6 +104,7 @@ CREATE TABLE waystage.session (
     cursor_from   text   NOT NULL DEFAULT '',
     epoch         text   NOT NULL DEFAULT '',   -- epoch of the base versions
     schema_hash   text   NOT NULL DEFAULT '',
+    judged_by     bigint NOT NULL DEFAULT 0,    -- layout whose definitions intake judged the records by
     content_type  text   NOT NULL,
     encoding      text   NOT NULL,
     wait_source   boolean NOT NULL DEFAULT false,
