@@ -19,7 +19,7 @@ build: ## bin/waystage, one static binary
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X github.com/waystage/waystage/cmd.version=$(VERSION)' -o bin/waystage ./cmd/waystage
 
 demo: ## see everything work, with invented data; ARGS=--keep leaves it running
-	@scripts/postgresql.sh 15 >/dev/null
+	@scripts/postgresql.sh any >/dev/null
 	$(GO) run ./cmd/waystage demo $(ARGS)
 
 test: check test-15 test-18 ## all tests: on PostgreSQL 15, then those that use a database on 18
@@ -42,7 +42,7 @@ race: ## all tests under the race detector
 	WAYSTAGE_TEST_PG=15 $(GO) test -race -timeout 40m $(TEST_FLAGS) ./...
 
 bench: build ## measure, on clusters of its own, into bench.json
-	@scripts/postgresql.sh 15 >/dev/null
+	@scripts/postgresql.sh any >/dev/null
 	bin/waystage bench $(ARGS)
 
 # A binary run by itself shows its lines as they come.

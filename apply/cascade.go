@@ -8,6 +8,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/waystage/waystage/conflict"
 	"github.com/waystage/waystage/schema"
 )
 
@@ -127,10 +128,22 @@ func (s *upSession) victims(ctx context.Context, st *stmt) (out []victim, err er
 	return out, err
 }
 
-// unseen finds deletes that would take a row along which was added or changed at the source since they were merged: a row that the
-// mirror does not have, or that down has written after the merge. What a device's pending change is of is known.
-func (s *upSession) unseen(ctx context.Context, list []victim) (map[*upChange]refusal, error) {
-	out := map[*upChange]refusal{}
+// toll is what a cascade's victims say about the deletes that would take them along.
+type toll struct {
+	refused map[*upChange]refusal // somebody else wrote what the device cannot have seen
+	unclear map[*upChange]refusal // so it may be: down has not passed this moment yet. What it is to be refused for, should that not end
+}
+
+// judge decides what becomes of victims (conflict.Cascade). Those that are not the deletes' end are locked then. done are the statements
+// that this transaction has carried out: what they compared needs no other look.
+func (s *upSession) judge(ctx context.Context, list []victim, done []*stmt) (out toll, err error) {
+	out = toll{map[*upChange]refusal{}, map[*upChange]refusal{}}
+	compared := map[string]bool{}
+	for _, st := range done {
+		for _, c := range st.list {
+			compared[authorKey(c.t.ID, keyID(c.key))] = true
+		}
+	}
 	for len(list) > 0 {
 		t := list[0].t
 		var of []victim
@@ -140,28 +153,64 @@ func (s *upSession) unseen(ctx context.Context, list []victim) (map[*upChange]re
 			}
 			return v.t == t
 		})
-		stamps := make([]int64, len(of))
-		for i, v := range of {
-			stamps[i] = v.of.stamp
-		}
-		args := append(t.keyArrays(len(of), func(r int) []string { return of[r].key }), stamps, t.ID)
-		rows, err := s.mirror.Query(ctx, fmt.Sprintf(`SELECT u.i FROM %s LEFT JOIN %s AS m ON %s
-			WHERE NOT coalesce(m.%s <= u.stamp OR m.%s IS NOT NULL, false)
-				AND NOT EXISTS (SELECT FROM waystage.change AS c WHERE c.state = 'merged' AND c.tbl = $%d AND c.key = %s)`,
-			t.unnest(t.keys, 1, "stamp bigint", ordinality), t.Ident(), t.table.match(), schema.ColVersion, schema.ColWriter, len(t.keys)+2, t.keyArray("u")), args...)
-		if err != nil {
-			return nil, fmt.Errorf("look for rows that a cascade takes: %w", err)
-		}
-		var i int64
-		_, err = pgx.ForEachRow(rows, []any{&i}, func() error {
-			v := of[i-1]
-			out[v.of] = refusal{code: refusedConflict, detail: fmt.Sprintf("deleting the row would delete a row of %s (%s) too, which was added or changed at the source since",
-				t.FullName(), strings.Join(v.key, ", "))}
-			return nil
-		})
-		if err != nil {
-			return nil, fmt.Errorf("look for rows that a cascade takes: %w", err)
+		if err := s.judgeOf(ctx, t, of, compared, out); err != nil {
+			return out, fmt.Errorf("look at rows of %s that a cascade takes: %w", t.FullName(), err)
 		}
 	}
 	return out, nil
+}
+
+// judgeOf does it for the rows of one table.
+func (s *upSession) judgeOf(ctx context.Context, t *target, of []victim, compared map[string]bool, out toll) error {
+	facts, images := make([]conflict.Victim, len(of)), make([]*string, len(of))
+	ids, stamps := make([]int64, len(of)), make([]int64, len(of))
+	for i, v := range of {
+		ids[i], stamps[i] = v.of.id, v.of.stamp
+	}
+	rows, err := s.mirror.Query(ctx, t.victims, append(t.keyArrays(len(of), func(r int) []string { return of[r].key }), ids, stamps, t.ID)...)
+	if err != nil {
+		return err
+	}
+	var i int64
+	var v conflict.Victim
+	var writer string
+	var img *string
+	if _, err := pgx.ForEachRow(rows, []any{&i, &writer, &v.Known, &img}, func() error {
+		v.Writer = writerOf[writer]
+		facts[i-1], images[i-1] = v, img
+		return nil
+	}); err != nil {
+		return err
+	}
+	var look []int
+	for i, v := range of {
+		facts[i].Same = compared[authorKey(t.ID, keyID(v.key))]
+		if conflict.Cascade(facts[i]) == conflict.Unclear {
+			look = append(look, i)
+		}
+	}
+	if len(look) > 0 {
+		expect := make([]*string, len(look))
+		for r, i := range look {
+			expect[r] = images[i]
+		}
+		rows, err := s.source.Query(ctx, t.statement(formLock, nil), append(t.keyArrays(len(look), func(r int) []string { return of[look[r]].key }), expect)...)
+		if err != nil {
+			return sourceFault(t.table, err)
+		}
+		if _, err := pgx.ForEachRow(rows, []any{&i}, func() error { facts[look[i-1]].Same = true; return nil }); err != nil {
+			return sourceFault(t.table, err)
+		}
+	}
+	for i, v := range of {
+		why := refusal{code: refusedConflict, detail: fmt.Sprintf("deleting the row would delete a row of %s (%s) too, which was added or changed at the source since",
+			t.FullName(), strings.Join(v.key, ", "))}
+		switch conflict.Cascade(facts[i]) {
+		case conflict.Stranger:
+			out.refused[v.of] = why
+		case conflict.Unclear:
+			out.unclear[v.of] = why
+		}
+	}
+	return nil
 }

@@ -1,8 +1,11 @@
 package apply_test
 
 import (
+	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/waystage/waystage/apply"
 )
 
 // A delete whose cascade would take a row that somebody else added or changed meanwhile is refused, at any depth; what
@@ -53,4 +56,59 @@ func TestCascadeTakesNoStrangersRow(t *testing.T) {
 	if got := r.text(r.source, "SELECT string_agg(id::text, ' ' ORDER BY id) FROM g"); got != "2 3 4 7 8 12 30" {
 		t.Errorf("grandchildren: %s", got)
 	}
+}
+
+// What somebody has changed at the source, and down has not brought yet, is no more for a cascade to take than what the mirror
+// shows already; nor is it when the device has a change of its own on the way to the same row.
+func TestCascadeWaitsForWhatIsUnderWay(t *testing.T) {
+	r := newRig(t, `
+		CREATE TABLE p (id int PRIMARY KEY, v int);
+		CREATE TABLE c (id int PRIMARY KEY, p int REFERENCES p ON DELETE CASCADE, v int, w int);
+		CREATE TABLE g (id int PRIMARY KEY, c int REFERENCES c ON DELETE CASCADE, v int);
+		INSERT INTO p SELECT i, i FROM generate_series(1, 5) i;
+		INSERT INTO c SELECT i, i, 0, 0 FROM generate_series(1, 5) i;
+		INSERT INTO g SELECT i, i, 0 FROM generate_series(1, 5) i`, "public.p", "public.c", "public.g")
+	r.start(allWorkers...)
+	r.settled()
+	up := r.workers["up"].obj.(*apply.Up)
+	r.eventually("up has begun", func() bool { return up.Stats().State == "applying" })
+	for i, c := range []struct{ foreign, want, says string }{
+		{"UPDATE c SET v = 1 WHERE id = 1", "refused source_conflict", "public.c (1)"},
+		{"UPDATE g SET v = 1 WHERE id = 2", "refused source_conflict", "public.g (2)"},
+		{"UPDATE p SET v = 99 WHERE id = 5", "applied", ""}, // another row is none of its business
+	} {
+		r.stop("down")
+		before := up.Stats().Barriers
+		r.foreign(c.foreign)
+		id := r.merge(del("public.p", strconv.Itoa(i+1)))[0]
+		r.eventually("up has decided, or waits", func() bool {
+			return up.Stats().Barriers > before || r.text(r.source, "SELECT count(*)::text FROM p WHERE id = $1", i+1) == "0"
+		})
+		r.start("down")
+		r.settled()
+		r.wantVerdict(id, c.want)
+		if got := r.detail(id); !strings.Contains(got, c.says) {
+			t.Errorf("%q does not name %s", got, c.says)
+		}
+	}
+
+	// It does not hide behind a later change of a device that knew of it; and that is applied.
+	r.stop("up")
+	gone := r.merge(del("public.p", "4"))[0]
+	r.foreign("UPDATE c SET v = 5 WHERE id = 4")
+	r.eventually("the mirror has it", func() bool { return r.text(r.mirror, "SELECT v::text FROM c WHERE id = 4") == "5" })
+	edit := r.merge(upd("public.c", "4", map[string]any{"w": "1"}))[0]
+	r.start("up")
+	r.settled()
+	r.wantVerdict(gone, "refused source_conflict")
+	r.wantVerdict(edit, "applied")
+	// What a device has changed before is taken along, once that has come down.
+	r.stop("down")
+	edit = r.merge(upd("public.c", "5", map[string]any{"w": "1"}))[0]
+	r.eventually("the edit is at the source", func() bool { return r.text(r.source, "SELECT w::text FROM c WHERE id = 5") == "1" })
+	gone = r.merge(del("public.p", "5"))[0]
+	r.start("down")
+	r.settled()
+	r.wantVerdict(edit, "applied")
+	r.wantVerdict(gone, "applied")
 }

@@ -26,6 +26,7 @@ type table struct {
 	route      string // keys
 	images     string // keys, first changes
 	load       string // keys: mirror rows as jsonb
+	victims    string // keys, ids and stamps of the deletes: what is known of rows that a cascade takes
 }
 
 func newTable(t *schema.Table) (*table, error) {
@@ -92,9 +93,18 @@ func newTable(t *schema.Table) (*table, error) {
 		CASE WHEN b.tbl IS NULL THEN c.old_lw ELSE b.lw END, coalesce(CASE WHEN b.tbl IS NULL THEN c.old_mver ELSE b.mver END, 0), coalesce(b.refused, false)
 		FROM %s LEFT JOIN waystage.base AS b ON b.tbl = $%d AND b.key = %s LEFT JOIN waystage.change AS c ON c.id = u.first`,
 		w.unnest(w.keys, 1, "first bigint", ordinality), k+2, key)
-	w.load = fmt.Sprintf("SELECT jsonb_object(ARRAY[%s]::text[], ARRAY[%s]::text[])::text FROM %s JOIN %s AS m ON %s",
-		w.list(all, func(i int) string { return schema.Literal(t.Columns[i].Name) }),
-		w.list(all, func(i int) string { return t.Columns[i].Text("m." + schema.Quote(t.Columns[i].Name)) }), w.unnest(w.keys, 1), t.Ident(), w.match())
+	row := fmt.Sprintf("jsonb_object(ARRAY[%s]::text[], ARRAY[%s]::text[])", w.list(all, func(i int) string { return schema.Literal(t.Columns[i].Name) }),
+		w.list(all, func(i int) string { return t.Columns[i].Text("m." + schema.Quote(t.Columns[i].Name)) }))
+	w.load = fmt.Sprintf("SELECT %s::text FROM %s JOIN %s AS m ON %s", row, w.unnest(w.keys, 1), t.Ident(), w.match())
+	w.victims = fmt.Sprintf(`SELECT u.i, coalesce(b.writer, 'initial'),
+			CASE WHEN p.id IS NULL THEN coalesce(m.%[1]s <= u.stamp OR m.%[2]s IS NOT NULL, false)
+				ELSE p.id < u.id OR p.old_version <= u.stamp OR p.old_lw IS NOT NULL END,
+			CASE WHEN p.id IS NULL THEN %[3]s WHEN p.id < u.id THEN NULL WHEN b.tbl IS NULL THEN p.old ELSE b.img END::text
+		FROM %[4]s LEFT JOIN %[5]s AS m ON %[6]s
+		LEFT JOIN LATERAL (SELECT c.id, c.old, c.old_version, c.old_lw FROM waystage.change AS c
+			WHERE c.state = 'merged' AND c.tbl = $%[7]d AND c.key = %[8]s ORDER BY c.id LIMIT 1) AS p ON true
+		LEFT JOIN waystage.base AS b ON b.tbl = $%[7]d AND b.key = %[8]s`, schema.ColVersion, schema.ColWriter, row,
+		w.unnest(w.keys, 1, "id bigint", "stamp bigint", ordinality), t.Ident(), w.match(), k+3, key)
 	return w, nil
 }
 

@@ -15,11 +15,11 @@ import (
 
 // outcome of one source transaction. At most one of missed, short and refused is set; none: committed.
 type outcome struct {
-	missed  map[*upChange]bool    // these did not find what they expected
-	taken   map[*upChange]refusal // or would take something along that their author has not seen
-	short   *stmt                 // inserts of which some found a row; which ones is not known
-	refused error                 // the database refused one of the changes
-	at      *stmt                 // by this statement; nil: at the end
+	missed  map[*upChange]bool // these did not find what they expected
+	toll    toll               // or would take something along by a cascade that their author has not seen
+	short   *stmt              // inserts of which some found a row; which ones is not known
+	refused error              // the database refused one of the changes
+	at      *stmt              // by this statement; nil: at the end
 }
 
 func (o outcome) committed() bool { return o.missed == nil && o.short == nil && o.refused == nil }
@@ -60,7 +60,7 @@ func (s *upSession) tryOnce(ctx context.Context, list []*upChange, position chan
 	b.Queue("BEGIN ISOLATION LEVEL READ COMMITTED")
 	b.Queue(`UPDATE waystage.progress SET seq = seq + 1, position = $3::text::pg_lsn, carries = $4, worker = $5, at = clock_timestamp()
 		WHERE epoch = $1 AND `+fence, s.epoch, s.seq, position.String(), formatCarries(ids), s.u.cfg.Worker)
-	out, fenced, err := s.write(ctx, b, stmts)
+	out, fenced, err := s.write(ctx, b, stmts, how)
 	if err == nil && !fenced && out.committed() {
 		_, err = s.source.Exec(context.WithoutCancel(ctx), "COMMIT")
 		if err == nil {
@@ -84,7 +84,7 @@ func (s *upSession) tryOnce(ctx context.Context, list []*upChange, position chan
 	}
 	if _, ok := refusalOf(err); ok && len(list) > 0 {
 		if out.missed != nil { // it may be for that
-			return outcome{missed: out.missed, taken: out.taken}, nil
+			return outcome{missed: out.missed, toll: out.toll}, nil
 		}
 		return outcome{refused: err, at: out.at}, nil
 	}
@@ -97,35 +97,63 @@ func (s *upSession) tryOnce(ctx context.Context, list []*upChange, position chan
 }
 
 // write sends what opens the transaction, and the statements. Before a statement that deletes rows which others hang on, it looks
-// at what goes with them.
-func (s *upSession) write(ctx context.Context, b *pgx.Batch, stmts []*stmt) (out outcome, fenced bool, err error) {
+// at what goes with them; for a group before anything is written, since what differs after that is its own doing.
+func (s *upSession) write(ctx context.Context, b *pgx.Batch, stmts []*stmt, how manner) (out outcome, fenced bool, err error) {
 	guarded := func(st *stmt) bool {
 		return (st.f == formDelete || st.f == formRemove) && len(st.t.cascades) > 0
 	}
+	looks := func(st *stmt) bool { return st.at.round < 0 }
+	var done []*stmt
 	for opened := false; ; opened = true {
+		rest := stmts[len(done):]
 		n := 0
-		for n < len(stmts) && (n == 0 && opened || !guarded(stmts[n])) {
-			b.Queue(stmts[n].t.statement(stmts[n].f, stmts[n].cols), stmts[n].args()...)
-			n++
+		switch {
+		case how == alone && opened: // all is looked at
+			n = len(rest)
+		case how == alone && slices.ContainsFunc(rest, guarded):
+			for n < len(rest) && looks(rest[n]) {
+				n++
+			}
+		default:
+			for n < len(rest) && (n == 0 && opened || !guarded(rest[n])) {
+				n++
+			}
+		}
+		for _, st := range rest[:n] {
+			b.Queue(st.t.statement(st.f, st.cols), st.args()...)
 		}
 		res := s.source.SendBatch(ctx, b)
-		fenced, err = s.results(res, stmts[:n], opened, &out)
+		fenced, err = s.results(res, rest[:n], opened, &out)
 		if cerr := res.Close(); err == nil {
 			err = cerr
 		}
-		if stmts = stmts[n:]; err != nil || fenced || len(stmts) == 0 || !out.committed() {
+		done, rest = stmts[:len(done)+n], rest[n:]
+		if err != nil || fenced || len(rest) == 0 || !out.committed() {
 			return out, fenced, err
 		}
-		list, err := s.victims(ctx, stmts[0])
-		if err != nil {
-			return out, false, fmt.Errorf("look for rows that a cascade takes: %w", err)
+		if how != alone {
+			rest = rest[:1]
 		}
-		if out.taken, err = s.unseen(ctx, list); err != nil {
+		var list []victim
+		for _, st := range rest {
+			if !guarded(st) {
+				continue
+			}
+			more, err := s.victims(ctx, st)
+			if err != nil {
+				return out, false, fmt.Errorf("look for rows that a cascade takes: %w", err)
+			}
+			list = append(list, more...)
+		}
+		if out.toll, err = s.judge(ctx, list, done); err != nil {
 			return out, false, err
 		}
-		if len(out.taken) > 0 {
+		if len(out.toll.refused)+len(out.toll.unclear) > 0 {
 			out.missed = map[*upChange]bool{}
-			for c := range out.taken {
+			for c := range out.toll.refused {
+				out.missed[c] = true
+			}
+			for c := range out.toll.unclear {
 				out.missed[c] = true
 			}
 			return out, false, nil
@@ -318,7 +346,7 @@ func (s *upSession) single(ctx context.Context, g group, out outcome, end change
 			return s.refuseAndGoOn(ctx, g, c, why, end)
 		}
 		for _, c := range g {
-			if why, ok := out.taken[c]; ok {
+			if why, ok := out.toll.refused[c]; ok {
 				return s.refuseAndGoOn(ctx, g, c, why, end)
 			}
 		}
@@ -333,7 +361,7 @@ func (s *upSession) single(ctx context.Context, g group, out outcome, end change
 		if err := s.barrier(ctx); err != nil {
 			return err
 		}
-		c, why, err := s.reconsider(ctx, g, missed)
+		c, why, err := s.reconsider(ctx, g, missed, out.toll.unclear)
 		if err != nil {
 			return err
 		}
@@ -356,7 +384,8 @@ func (s *upSession) refuseAndGoOn(ctx context.Context, g group, c *upChange, why
 }
 
 // reconsider looks at base after a barrier: it gives changes that missed another expectation, or names one that is to be refused.
-func (s *upSession) reconsider(ctx context.Context, g group, missed map[*upChange]bool) (bad *upChange, why refusal, err error) {
+// What was unclear about the victims of a delete is looked at again by the next try.
+func (s *upSession) reconsider(ctx context.Context, g group, missed map[*upChange]bool, unclear map[*upChange]refusal) (bad *upChange, why refusal, err error) {
 	tx, err := s.mirror.Begin(ctx)
 	if err != nil {
 		return nil, why, fmt.Errorf("read base: %w", err)
@@ -371,6 +400,13 @@ func (s *upSession) reconsider(ctx context.Context, g group, missed map[*upChang
 	}
 	for _, c := range g {
 		if !missed[c] {
+			continue
+		}
+		if why, ok := unclear[c]; ok {
+			if c.rebases >= conflict.MaxRebases {
+				return c, why, nil
+			}
+			c.rebases++
 			continue
 		}
 		base, err := s.base(ctx, tx, c)

@@ -27,7 +27,7 @@ working safely, each with its remedy. Nothing is changed. Exit code 6 if somethi
 				return err
 			}
 			if err := printRows(a.out, f, findings, []column[schema.Finding]{
-				{"", func(x schema.Finding) string { return string(x.Level) }},
+				{"level", func(x schema.Finding) string { return string(x.Level) }},
 				{"where", func(x schema.Finding) string { return x.Where }},
 				{"finding", func(x schema.Finding) string { return oneLine(x.What) }},
 			}); err != nil {
@@ -41,18 +41,19 @@ working safely, each with its remedy. Nothing is changed. Exit code 6 if somethi
 
 // verdict sums the findings up and says what to do about them.
 func (a *app) verdict(findings []schema.Finding, remedies bool) error {
-	count := map[schema.Level]int{}
+	of := map[schema.Level]int{}
 	for _, x := range findings {
-		count[x.Level]++
+		of[x.Level]++
 		if remedies && x.Remedy != "" && (x.Level == schema.Failure || x.Level == schema.Warning) {
 			a.say("%s: %s: %s\n  do: %s", x.Level, x.Where, oneLine(x.What), x.Remedy)
 		}
 	}
-	if n := count[schema.Failure]; n > 0 {
-		a.say("%d of %d checks failed, %d warnings", n, len(findings), count[schema.Warning])
+	warnings := count(of[schema.Warning], "warning")
+	if n := of[schema.Failure]; n > 0 {
+		a.say("%d of %s failed, %s", n, count(len(findings), "check"), warnings)
 		return silent(exitPrecondition)
 	}
-	a.say("%d checks passed, %d warnings; next: waystage serve", len(findings)-count[schema.Warning], count[schema.Warning])
+	a.say("%s passed, %s; next: waystage serve", count(len(findings)-of[schema.Warning], "check"), warnings)
 	return nil
 }
 
@@ -91,7 +92,7 @@ func (a *app) check(ctx context.Context, conf Config) ([]schema.Finding, error) 
 		problems(ps)
 		if defs != nil {
 			tables = defs.TableNames()
-			add(schema.OK, "definitions", "definitions", fmt.Sprintf("%d subscriptions, %d sets, %d groups, %d tables", len(defs.Subscriptions), len(defs.Sets), len(defs.Groups), len(tables)), "")
+			add(schema.OK, "definitions", "definitions", strings.Join([]string{count(len(defs.Subscriptions), "subscription"), count(len(defs.Sets), "set"), count(len(defs.Groups), "group"), count(len(tables), "table")}, ", "), "")
 		}
 	}
 	if defs != nil {

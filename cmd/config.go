@@ -76,7 +76,6 @@ type Pools struct {
 
 // Limits bound what one device may ask for.
 type Limits struct {
-	Message     Size `koanf:"message" doc:"One message on the wire, at most 8 MiB."`
 	Session     Size `koanf:"session" doc:"One sync request, decompressed."`
 	Records     int  `koanf:"records" doc:"Records in one sync request."`
 	Row         Size `koanf:"row" doc:"One record."`

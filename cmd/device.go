@@ -72,7 +72,7 @@ func deviceRemedy(err error) string {
 	case errors.Is(err, device.ErrBlocked):
 		return "ask the operator: 'waystage devices unblock USER/DEVICE' lets the device go on where it stopped"
 	case errors.Is(err, device.ErrLogin):
-		return "check user and password; enrol again if the device was removed"
+		return "check user and password; enrol again if the device was removed; if neither is it, sync again later: edits are kept in the file"
 	case errors.Is(err, device.ErrUnreachable):
 		return "edits are kept in the file; sync again later, it goes on where it stopped"
 	case errors.Is(err, device.ErrNotEnrolled):

@@ -61,20 +61,20 @@ func (a *app) init(ctx context.Context, o initOptions) error {
 		return err
 	}
 	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }()
-	tables, problems, err := schema.ReadTables(ctx, conn, nil)
+	beginning, left, err := schema.InitDefinitions(ctx, conn)
 	if err != nil {
 		return err
 	}
-	if len(tables) == 0 {
+	defs, problems := schema.ParseDefinitions("definitions.yaml", []byte(beginning))
+	if _, err := schema.Refusing(problems); err != nil {
+		return err
+	}
+	if len(defs.Subscriptions) == 0 {
 		return &failure{code: exitPrecondition, what: "there is no table that can be synced", where: redactDSN(o.source),
-			err: errors.New(orDash((&schema.ProblemsError{Problems: problems}).Error())), remedy: "create tables with primary keys first"}
+			err: errors.New(orDash((&schema.ProblemsError{Problems: left}).Error())), remedy: "create tables with primary keys first"}
 	}
 
 	config := map[string]string{"definitions": "definitions.yaml"}
-	beginning, err := schema.InitDefinitions(ctx, conn)
-	if err != nil {
-		return err
-	}
 	files := []newFile{{"definitions.yaml", []byte(beginning), 0o644}}
 	for name, dsn := range map[string]string{"source": o.source, "mirror": o.mirror} {
 		if !hasPassword(dsn) {
@@ -96,7 +96,7 @@ func (a *app) init(ctx context.Context, o initOptions) error {
 	for _, f := range files {
 		a.say("wrote %s", filepath.Join(o.dir, f.name))
 	}
-	for _, p := range problems {
+	for _, p := range left {
 		word := "left out"
 		if p.Warning {
 			word = "note"
@@ -106,12 +106,12 @@ func (a *app) init(ctx context.Context, o initOptions) error {
 	at := filepath.Join(o.dir, "waystage.yaml")
 	a.say(`
 Next:
-  1. edit %s: which tables, columns and rows go to whom (now: %d tables, everything to everybody)
+  1. edit %s: which tables, columns and rows go to whom (now: %s, everything to everybody)
   2. waystage check -c %s
   3. waystage serve -c %s
   4. waystage users add NAME --group everybody -c %s
   5. waystage device enrol --file NAME.db --server nats://127.0.0.1:4222 --user NAME --device phone`,
-		filepath.Join(o.dir, "definitions.yaml"), len(tables), at, at, at)
+		filepath.Join(o.dir, "definitions.yaml"), count(len(defs.Subscriptions), "table"), at, at, at)
 	return nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -225,7 +226,7 @@ func TestOperate(t *testing.T) {
 	o.init()
 	o.run(exitPrecondition, "", "users ls") // before the set-up
 	health := freePort(t)
-	stop := o.serve(nurse.Definitions(), "health.listen="+health)
+	stop := o.serve(nurse.Definitions(), "health.listen="+health, "retention.wal=1B")
 	defer func() {
 		if stop != nil {
 			stop()
@@ -239,6 +240,24 @@ func TestOperate(t *testing.T) {
 		}
 		_ = resp.Body.Close()
 	}
+
+	// A slot that holds back more than it should is told, and makes nobody unready.
+	o.eventually("readyz tells of kept WAL", func() bool {
+		resp, err := http.Get("http://" + health + "/readyz?verbose")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		var told struct {
+			Ready  bool
+			Checks []struct{ Name, Note string }
+		}
+		if err := json.NewDecoder(resp.Body).Decode(&told); err != nil {
+			t.Fatal(err)
+		}
+		i := slices.IndexFunc(told.Checks, func(c struct{ Name, Note string }) bool { return c.Name == "wal" })
+		return told.Ready && i >= 0 && strings.Contains(told.Checks[i].Note, "retention.wal (1B)")
+	})
 
 	// Users.
 	o.run(exitOK, testPassword+"\n", "users add amina --group nurses")
@@ -349,6 +368,25 @@ func TestOperate(t *testing.T) {
 	if got := o.run(exitOK, "", "pools ls -w"); !strings.Contains(got.out, "capture-down") || !strings.Contains(got.out, "streaming") {
 		t.Errorf("pools ls -w:\n%s", got.out)
 	}
+
+	// What the long-running stages have done is counted too, and what waits is told.
+	if conn, err := schema.Connect(t.Context(), o.source, "test"); err != nil {
+		t.Fatal(err)
+	} else if _, err := conn.Exec(t.Context(), "UPDATE vn.nurse SET phone = '+4930555'"); err != nil {
+		t.Fatal(err)
+	} else if err := conn.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	o.eventually("every stage tells what it has done", func() bool {
+		for _, r := range data[[]poolRow](o, exitOK, "pools ls -o json") {
+			up := r.Stage == "capture-up" || r.Stage == "apply-up" // no record of a device has come so far
+			if len(r.Processes) != 1 || r.Processes[0].Items == 0 && !up || (r.Waiting == nil) != (r.Stage == "gateway") {
+				t.Logf("%s: %+v, waiting %v", r.Stage, r.Processes, r.Waiting)
+				return false
+			}
+		}
+		return true
+	})
 
 	// Status.
 	o.eventually("both slots are read", func() bool {

@@ -222,3 +222,11 @@ func printOne[T any](w io.Writer, f format, v T) error {
 	}
 	return printJSON(w, v)
 }
+
+// count is a number of things, for a person.
+func count(n int, thing string) string {
+	if n == 1 {
+		return "1 " + thing
+	}
+	return fmt.Sprintf("%d %ss", n, thing)
+}

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/waystage/waystage/internal/trouble"
+	"github.com/waystage/waystage/queue"
 	"github.com/waystage/waystage/stages"
 )
 
@@ -23,9 +24,26 @@ type poolRow struct {
 	Size      int             `json:"size"` // workers per process
 	Mode      stages.Mode     `json:"mode"`
 	ChangedAt time.Time       `json:"changed_at"`
-	Processes []processOfPool `json:"processes"` // empty: no process answered
+	Waiting   *backlog        `json:"waiting,omitempty"` // what the stage has before it; absent: not known
+	Processes []processOfPool `json:"processes"`         // empty: no process answered
 
 	Trouble *trouble.Trouble `json:"trouble,omitempty"` // why the stage stands still until a person acts
+}
+
+// backlog is what waits for a stage.
+type backlog struct {
+	N    int64  `json:"n"`
+	Unit string `json:"unit"` // messages, sessions or bytes
+}
+
+func (b *backlog) String() string {
+	switch {
+	case b == nil:
+		return "-"
+	case b.Unit == "bytes":
+		return human(b.N)
+	}
+	return count(int(b.N), strings.TrimSuffix(b.Unit, "s"))
 }
 
 // processOfPool is the pool of one process.
@@ -141,12 +159,36 @@ func (a *app) readPools(ctx context.Context, conf Config, mirror *pgxpool.Pool, 
 		return nil, err
 	}
 	running := map[string][]processOfPool{}
+	waiting := map[string]*backlog{}
+	var staged, merged int64
+	if err := mirror.QueryRow(ctx, `SELECT count(*) FILTER (WHERE state = 'staged'), count(*) FILTER (WHERE state = 'merged') FROM waystage.session
+		WHERE state IN ('staged', 'merged')`).Scan(&staged, &merged); err != nil {
+		return nil, err
+	}
+	waiting[stages.StageMerge], waiting[stages.StageReply] = &backlog{staged, "sessions"}, &backlog{merged, "sessions"}
 	if b, err := a.broker(ctx, conf); err != nil {
 		a.say("the broker does not answer, so only the settings are shown: %s", oneLine(rootCause(err)))
 	} else {
 		defer b.close()
 		if running, err = b.pools(ctx); err != nil {
 			return nil, err
+		}
+		queues, err := b.queues(ctx)
+		if err != nil {
+			return nil, err
+		}
+		reader := map[string]string{queue.StreamIn: stages.StageIntake, queue.StreamUp: "apply-up", queue.StreamDown: "apply-down"}
+		for _, q := range queues {
+			if stage, ok := reader[q.Name]; ok {
+				waiting[stage] = &backlog{int64(q.Messages), "messages"}
+			}
+		}
+		for _, stage := range []string{"capture-up", "capture-down"} {
+			for _, p := range running[stage] { // one of them captures, the others know of no lag
+				if w := waiting[stage]; w == nil || w.N < p.LagBytes {
+					waiting[stage] = &backlog{p.LagBytes, "bytes"}
+				}
+			}
 		}
 	}
 	rows := []poolRow{}
@@ -156,7 +198,7 @@ func (a *app) readPools(ctx context.Context, conf Config, mirror *pgxpool.Pool, 
 			continue
 		}
 		s := settings[i]
-		row := poolRow{Stage: s.Stage, Size: s.Size, Mode: s.Mode, ChangedAt: s.ChangedAt, Processes: running[stage]}
+		row := poolRow{Stage: s.Stage, Size: s.Size, Mode: s.Mode, ChangedAt: s.ChangedAt, Waiting: waiting[stage], Processes: running[stage]}
 		if row.Processes == nil {
 			row.Processes = []processOfPool{}
 		}
@@ -170,7 +212,7 @@ func (a *app) readPools(ctx context.Context, conf Config, mirror *pgxpool.Pool, 
 
 func printPools(w io.Writer, rows []poolRow, workers bool) error {
 	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(tw, "STAGE\tMODE\tSIZE\tPROCESSES\tBUSY\tITEMS\tRATE\tERRORS\tLAST ERROR")
+	fmt.Fprintln(tw, "STAGE\tMODE\tSIZE\tPROCESSES\tBUSY\tITEMS\tRATE\tWAITING\tERRORS\tLAST ERROR")
 	for _, r := range rows {
 		var busy, total int
 		var items, errs int64
@@ -191,7 +233,7 @@ func printPools(w io.Writer, rows []poolRow, workers bool) error {
 		if last.LastError != "" {
 			failed = ago(&last.ErrorAt) + ": " + shorten(clean(last.LastError), 60)
 		}
-		fmt.Fprintf(tw, "%s\t%s\t%d\t%d\t%d of %d\t%d\t%.1f/s\t%d\t%s\n", r.Stage, r.Mode, r.Size, len(r.Processes), busy, total, items, rate, errs, failed)
+		fmt.Fprintf(tw, "%s\t%s\t%d\t%d\t%d of %d\t%d\t%.1f/s\t%s\t%d\t%s\n", r.Stage, r.Mode, r.Size, len(r.Processes), busy, total, items, rate, r.Waiting, errs, failed)
 	}
 	if err := tw.Flush(); err != nil || !workers {
 		return err
@@ -201,7 +243,11 @@ func printPools(w io.Writer, rows []poolRow, workers bool) error {
 	for _, r := range rows {
 		for _, p := range r.Processes {
 			for _, m := range p.Workers {
-				fmt.Fprintf(tw, "%s/%s/%d\t%s\t%s\t%s\t%d\t%s\n", r.Stage, p.ID, m.ID, m.State, ago(&m.Since), clean(m.Doing), m.Items, clean(m.LastError))
+				items := "-" // of a worker whose batch does not end: the pool counts
+				if m.Items > 0 {
+					items = strconv.FormatInt(m.Items, 10)
+				}
+				fmt.Fprintf(tw, "%s/%s/%d\t%s\t%s\t%s\t%s\t%s\n", r.Stage, p.ID, m.ID, m.State, ago(&m.Since), clean(m.Doing), items, clean(m.LastError))
 			}
 		}
 	}

@@ -90,3 +90,17 @@ func tellGateway(g *queue.Gateway) func() string {
 		return fmt.Sprintf("answers devices: %d puts, %d gets, %d held now", s.Puts, s.Gets, s.Held)
 	}
 }
+
+// What a runner has done, and how far it is behind, for its pool.
+
+func captured(c *capture.Capture) func() int64 {
+	return func() int64 { return int64(c.Stats().Rows) }
+}
+
+func lagging(c *capture.Capture) func() int64 {
+	return func() int64 { return c.Stats().LagBytes }
+}
+
+func applied(stats func() apply.Stats) func() int64 {
+	return func() int64 { return int64(stats().Rows) }
+}

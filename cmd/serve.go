@@ -117,7 +117,11 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	var setUp atomic.Bool
 	current := stages.NewFollower(mirror, log.Named("definitions"))
 	listener := health.New(health.Config{Listen: c.Health.Listen, Metrics: metrics, Version: version,
+<<<<<<< adb360e
+		Checks: checks(source, mirror, q, &setUp, c.Retention.WAL)}, log.Named("health"))
+=======
 		Checks: checks(source, mirror, q, current, &setUp)}, log.Named("health"))
+>>>>>>> 0f862c4
 	var healthURL string
 	if c.Health.Listen != "" {
 		l, err := listener.Listen(ctx)
@@ -203,20 +207,22 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 		stage  string
 		poll   time.Duration
 		worker func() stages.Worker
+		done   func() int64
+		lag    func() int64
 	}{
-		{"gateway", -1, newRunners(gateway.Run, tellGateway(gateway))},
-		{"intake", -1, intake.Worker},
-		{"merge", 0, merge.Worker},
-		{"reply", 0, reply.Worker},
-		{"capture-up", -1, newRunner(captureUp.Run, tellCapture(captureUp))},
-		{"apply-up", -1, newRunner(applyUp.Run, tellApply(applyUp.Stats))},
-		{"capture-down", -1, newRunner(captureDown.Run, tellCapture(captureDown))},
-		{"apply-down", -1, newRunner(applyDown.Run, tellApply(applyDown.Stats))},
+		{"gateway", -1, newRunners(gateway.Run, tellGateway(gateway)), func() int64 { s := gateway.Stats(); return s.Puts + s.Gets + s.Acks + s.Statuses + s.Enrols }, nil},
+		{"intake", -1, intake.Worker, nil, nil},
+		{"merge", 0, merge.Worker, nil, nil},
+		{"reply", 0, reply.Worker, nil, nil},
+		{"capture-up", -1, newRunner(captureUp.Run, tellCapture(captureUp)), captured(captureUp), lagging(captureUp)},
+		{"apply-up", -1, newRunner(applyUp.Run, tellApply(applyUp.Stats)), applied(applyUp.Stats), nil},
+		{"capture-down", -1, newRunner(captureDown.Run, tellCapture(captureDown)), captured(captureDown), lagging(captureDown)},
+		{"apply-down", -1, newRunner(applyDown.Run, tellApply(applyDown.Stats)), applied(applyDown.Stats), nil},
 	} {
 		if sizes[p.stage] == 0 {
 			continue // another process's work
 		}
-		pool := stages.NewPool(stages.PoolConfig{Stage: p.stage, Size: sizes[p.stage], Poll: p.poll, Grace: grace}, mirror, p.worker, log)
+		pool := stages.NewPool(stages.PoolConfig{Stage: p.stage, Size: sizes[p.stage], Poll: p.poll, Grace: grace, Done: p.done, Lag: p.lag}, mirror, p.worker, log)
 		pools = append(pools, pool)
 		withdraw, err := q.Announce(p.stage, "1.0.0", func() any { return pool.Snapshot() })
 		if err != nil {
@@ -319,8 +325,13 @@ func forwardKicks(ctx context.Context, g *errgroup.Group, q *queue.Queue, pools 
 	return nil
 }
 
+<<<<<<< adb360e
+// checks are the conditions of readiness. keep is how much log a slot may hold back without a warning; 0: any.
+func checks(source, mirror *pgxpool.Pool, q *queue.Queue, setUp *atomic.Bool, keep Size) []health.Check {
+=======
 // checks are the conditions of readiness.
 func checks(source, mirror *pgxpool.Pool, q *queue.Queue, current *stages.Follower, setUp *atomic.Bool) []health.Check {
+>>>>>>> 0f862c4
 	ping := func(p *pgxpool.Pool) func(context.Context) error {
 		return func(ctx context.Context) error {
 			var one int
@@ -352,6 +363,16 @@ func checks(source, mirror *pgxpool.Pool, q *queue.Queue, current *stages.Follow
 				return err
 			}
 			return errors.Join(slotStands(ctx, source, schema.SlotDown(epoch)), slotStands(ctx, mirror, schema.SlotUp(epoch)))
+		}},
+		{Name: "wal", Advisory: true, Run: func(ctx context.Context) error {
+			if !setUp.Load() || keep == 0 {
+				return nil
+			}
+			epoch, err := schema.Epoch(ctx, mirror)
+			if err != nil {
+				return err
+			}
+			return errors.Join(slotKeeps(ctx, source, schema.SlotDown(epoch), keep), slotKeeps(ctx, mirror, schema.SlotUp(epoch), keep))
 		}},
 		{Name: "tables", Advisory: true, Run: func(ctx context.Context) error {
 			if !setUp.Load() {
@@ -389,6 +410,17 @@ func slotStands(ctx context.Context, db *pgxpool.Pool, slot string) error {
 		return fmt.Errorf("slot %s %s", slot, lost)
 	}
 	return nil
+}
+
+// slotKeeps complains of a slot that holds back more log than the configuration wants to hear of.
+func slotKeeps(ctx context.Context, db *pgxpool.Pool, slot string, most Size) error {
+	var kept int64
+	err := db.QueryRow(ctx, `SELECT coalesce(max(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END - restart_lsn), 0)::int8
+		FROM pg_replication_slots WHERE slot_name = $1`, slot).Scan(&kept)
+	if err == nil && kept > int64(most) {
+		err = fmt.Errorf("slot %s holds back %s of WAL, more than retention.wal (%s)", slot, human(kept), most)
+	}
+	return err
 }
 
 // depths are the streams' contents for the metrics.

@@ -176,8 +176,12 @@ func (a *app) developDefinitions(ctx context.Context, dir string, c Config) (str
 	}
 	body := nurse.Definitions()
 	if !sample {
-		if body, err = schema.InitDefinitions(ctx, conn); err != nil {
+		var left []schema.Problem
+		if body, left, err = schema.InitDefinitions(ctx, conn); err != nil {
 			return "", err
+		}
+		for _, p := range left {
+			a.say("note: %s", p)
 		}
 	}
 	return path, os.WriteFile(path, []byte(body), 0o644)

@@ -155,3 +155,34 @@ func Retry(w Writer, onRefused bool, rebases int) (Attempt, Reason) {
 		return Refuse, Source
 	}
 }
+
+// Victim is a row that a delete at the source would take along by a cascade, locked there, as the mirror knows it.
+type Victim struct {
+	Writer Writer // base's, while changes of its key are pending; else Initial
+	Known  bool   // nobody but devices had written the mirror's row between the delete's merge and the first pending change's, or now
+	// The source's row is what the mirror, or base under changes that were merged later, has; or the same transaction has compared
+	// it. Never under a pending change that was merged before the delete: what it left at the source shows when it has come down.
+	Same bool
+}
+
+// Fate is what happens to a victim, and with it to the delete.
+type Fate byte
+
+// Fates.
+const (
+	Goes     Fate = iota // it goes with the row that is deleted
+	Unclear              // somebody has written it, and down has not brought that yet: look again when down has passed this moment
+	Stranger             // somebody else wrote what nobody who deletes can have seen: the delete is refused
+)
+
+// Cascade decides the fate of a victim (docs/adr/0008-what-stands-in-the-way-at-the-source.md).
+func Cascade(v Victim) Fate {
+	switch {
+	case v.Writer == Foreign || !v.Known:
+		return Stranger
+	case !v.Same:
+		return Unclear
+	default:
+		return Goes
+	}
+}

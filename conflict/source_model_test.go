@@ -10,7 +10,7 @@ import (
 // The model of model_test.go with what goes wrong in life: the up worker dies at any point, its memory is lost and another
 // begins; or it is only thought dead, and goes on beside the other; down is given a transaction again; foreign
 // transactions delete a key and use it again; the source has a foreign key from key 1 (child) to key 0 (parent), which the
-// mirror has not; several records travel in one source transaction; two records of a session are an atomic unit (rule R8); a
+// mirror has not, and which may cascade (ADR 8); its trigger may be deferred to the commit; several records travel in one source transaction; two records of a session are an atomic unit (rule R8); a
 // record refers to a row that a pending insert made.
 //
 // A new up worker moves the source's progress counter, writes what it then is to the mirror as its term, if no higher one
@@ -46,6 +46,9 @@ type sRules struct {
 	splitsUnits    bool // R8: a unit's records are applied one by one
 	refusesAlone   bool // R8: a refusal is of the one record of its unit
 	comparesLate   bool // R8: a unit compares each record's expectation when it writes it
+	takesAll       bool // ADR 8: nobody looks at what a cascade takes along
+	takesUnlooked  bool // ADR 8: what it takes is looked up in the mirror, not compared at the source
+	takesPending   bool // ADR 8: it takes what has a pending change, whoever wrote base
 }
 
 type sScope struct {
@@ -59,7 +62,10 @@ type sScope struct {
 	restarts      int8 // up workers that die, or are thought dead
 	reuse         bool // foreign transactions may delete a key and insert it again
 	trigger       bool // the source answers a write of the parent by bumping the child
+	deferred      bool // only at the commit
 	foreignKey    bool
+	cascade       bool // ON DELETE CASCADE: the child goes with the parent
+	redelivers    bool // down dies and is sent again what it had taken last
 	refuses       bool // the source may refuse any record
 	finds         string
 	sRules
@@ -72,11 +78,15 @@ type sChange struct {
 	seen     int8 // foreign writes of the key that the mirror row held
 	unit     int8 // 0: none
 	refers   int8 // the pending insert whose row it refers to; 0: none
+	// Of a parent's delete where the source cascades: the child as the mirror had it, and foreign writes that that held.
+	childOld, childSeen int8
+	strange             uint8 // of the child's: what strange was before it
 }
 
 // sEvent is one transaction of the source's log.
 type sEvent struct {
 	own  uint8 // records that it carries, a bit each; 0: foreign
+	pos  int8  // its place in the log, where down may be sent it again
 	n    int8
 	keys [4]int8
 	vals [4]int8
@@ -100,6 +110,7 @@ type sWorker struct {
 	next          int8    // records before it are done with
 	wait          int8    // transactions that down must take first
 	failed        int8    // the record that missed or was refused
+	victim        bool    // it missed because of what a cascade would take along
 	rebases       [2]int8 // of the next record and of the one with it in its unit
 	expect        [2]int8 // base when the rebasing was decided
 	expectSeen    [2]int8 // foreign writes that it held
@@ -124,6 +135,8 @@ type sState struct {
 	base             [2]mBase
 	refused, applied uint8
 	writes, seen     [2]int8
+	strange          uint8 // records merged before somebody who is no device wrote the mirror's child row
+	commits, at      int8  // transactions in the source's log, and how many of them down has taken
 	counter, term    int8
 	up               [2]sWorker // the second is a zombie
 	bad              uint8
@@ -152,7 +165,8 @@ func (s *sState) isPending(rec int8) bool { return s.pending[s.changes[rec-1].ke
 
 // breaks says that the source's foreign key forbids a write.
 func (sc *sScope) breaks(rows [2]int8, key, val int8) bool {
-	return sc.foreignKey && (key == child && val != absent && rows[parent] == absent || key == parent && val == absent && rows[child] != absent)
+	orphan := key == child && val != absent && rows[parent] == absent
+	return sc.cascade && orphan || sc.foreignKey && (orphan || key == parent && val == absent && rows[child] != absent)
 }
 
 // write does one write at the source, with its trigger, as a part of e.
@@ -165,15 +179,66 @@ func (sc *sScope) write(s *sState, e *sEvent, key, val int8) {
 		e.keys[e.n], e.vals[e.n], e.fw[e.n] = k, v, s.writes[k]
 		e.n++
 	}
+	if val == s.source[key] && val == absent {
+		return // a statement that finds nothing to delete fires no trigger and leaves nothing in the log
+	}
 	add(key, val)
-	if sc.trigger && key == parent && bump(s.source[child]) != s.source[child] {
+	if sc.cascade && key == parent && val == absent && s.source[child] != absent {
+		add(child, absent)
+	}
+	if !sc.deferred {
+		sc.fire(s, e, add)
+	}
+}
+
+// fire is the source's trigger on a write of the parent.
+func (sc *sScope) fire(s *sState, e *sEvent, add func(k, v int8)) {
+	at := slices.Index(e.keys[:e.n], parent)
+	if sc.trigger && at >= 0 && (sc.deferred || e.keys[e.n-1] == parent) && bump(s.source[child]) != s.source[child] {
 		add(child, bump(s.source[child]))
 	}
 }
 
-func (s *sState) commit(e sEvent) {
+func (sc *sScope) commit(s *sState, e sEvent) {
+	if sc.deferred {
+		sc.fire(s, &e, func(k, v int8) {
+			if e.own == 0 {
+				s.writes[k]++
+			}
+			s.source[k] = v
+			e.keys[e.n], e.vals[e.n], e.fw[e.n] = k, v, s.writes[k]
+			e.n++
+		})
+	}
+	if sc.redelivers {
+		s.commits++
+		e.pos = s.commits
+	}
 	s.log[s.logLen] = e
 	s.logLen++
+}
+
+// fate is what becomes of the child that a delete of the parent would take along, at a source with these rows. compared: the same
+// transaction has compared the child already.
+func (sc *sScope) fate(s *sState, rec int8, rows [2]int8, compared bool) Fate {
+	c := s.changes[rec-1]
+	if !sc.cascade || c.key != parent || c.new != absent || rows[parent] == absent || rows[child] == absent || sc.takesAll {
+		return Goes
+	}
+	v := Victim{Writer: s.base[child].writer, Known: s.mirror[child] != absent && s.strange&(1<<rec) == 0}
+	v.Same = s.mirror[child] == rows[child]
+	for first := int8(1); first <= s.merged; first++ { // the child's first pending change, if it has any
+		if s.changes[first-1].key == child && s.isPending(first) {
+			v.Known = first < rec || s.changes[first-1].strange&(1<<rec) == 0
+			v.Same = first > rec && s.base[child].val == rows[child]
+			if sc.takesPending {
+				v.Writer, v.Known = Initial, true
+			}
+			break
+		}
+	}
+	v.Same = v.Same || compared || sc.takesUnlooked
+	return Cascade(v)
 }
 
 type sStep struct {
@@ -211,13 +276,13 @@ func (sc *sScope) next(s sState) (out []sStep) {
 		for i := range t.up {
 			t.up[i].wait = max(0, t.up[i].wait-1)
 		}
-		if sc.replays {
+		if sc.replays || sc.redelivers {
 			t.last = e
 		}
 		sc.down(&t, e)
 		step(true, t, "down takes %v", e)
 	}
-	if s.last.n > 0 { // only a broken down does not skip it by its position
+	if s.last.n > 0 {
 		t := s
 		t.last = sEvent{}
 		sc.down(&t, s.last)
@@ -252,6 +317,9 @@ func (sc *sScope) users(s sState, step func(to sState, what string, args ...any)
 			t.merged++
 			k := r[0]
 			c := sChange{key: k, old: t.mirror[k], new: r[1], seen: t.seen[k]}
+			if sc.cascade && k == parent && r[1] == absent {
+				c.childOld, c.childSeen = t.mirror[child], t.seen[child]
+			}
 			if sc.atomic && len(recs) > 1 {
 				c.unit = t.locals
 			}
@@ -268,6 +336,9 @@ func (sc *sScope) users(s sState, step func(to sState, what string, args ...any)
 			}
 			t.pending[k] |= 1 << t.merged
 			t.mirror[k] = r[1]
+			if k == child {
+				t.changes[t.merged-1].strange, t.strange = t.strange, 0
+			}
 		}
 		if sc.unsorted && len(recs) == 2 && recs[1][1] == absent { // as merge meets the tables: the parent's first
 			c := t.changes
@@ -306,7 +377,7 @@ func (sc *sScope) users(s sState, step func(to sState, what string, args ...any)
 			}
 			sc.write(&t, &e, key, v)
 		}
-		t.commit(e)
+		sc.commit(&t, e)
 		step(t, what)
 	}
 	for key := range int8(2) {
@@ -394,6 +465,11 @@ func (sc *sScope) worker(s sState, i int, step func(to sState, what string, args
 			return
 		}
 		c := s.changes[w.failed-1]
+		if w.victim { // the next try looks again
+			me.phase, me.victim, me.failed = running, false, 0
+			step(t, "looks again at what %d takes along", rec)
+			return
+		}
 		if w.phase == missed {
 			j := w.failed - rec
 			a, why := Retry(s.base[c.key].writer, s.base[c.key].refused && !sc.rebasesAll, int(w.rebases[j]))
@@ -444,6 +520,9 @@ func (sc *sScope) worker(s sState, i int, step func(to sState, what string, args
 	}
 	// One record or unit, or two records, in one transaction: all of them hit, or the first is tried alone.
 	var e sEvent
+	onChild := func(from, to int8) bool {
+		return slices.ContainsFunc(s.changes[from-1:to], func(c sChange) bool { return c.key == child })
+	}
 	for n := rec; n <= max(last, min(rec+1, s.merged)); n++ {
 		c := s.changes[n-1]
 		if n > last && (s.unitEnd(n) != n || c.refers > 0 && s.refused&(1<<c.refers) != 0) {
@@ -462,7 +541,32 @@ func (sc *sScope) worker(s sState, i int, step func(to sState, what string, args
 		}
 		hit := stands == expected || c.new == absent && stands == absent
 		forbidden := hit && t.source[c.key] != c.new && sc.breaks(t.source, c.key, c.new)
-		if n > last && (!hit || forbidden || !s.isPending(n)) {
+		fate := sc.fate(&t, n, t.source, n > rec && onChild(rec, n-1))
+		if n <= last { // a unit looks before it writes
+			fate = sc.fate(&s, n, s.source, last > rec && onChild(rec, last))
+		}
+		if n > last && (!hit || forbidden || fate != Goes || !s.isPending(n)) {
+			return
+		}
+		if hit && !forbidden && fate != Goes {
+			x := s
+			x.bad = t.bad
+			caused := sc.trigger || s.writes[child] != c.childSeen
+			me := &x.up[i]
+			me.failed = n
+			if fate == Stranger {
+				if !caused {
+					x.fail(bFalse)
+				}
+				me.phase = refusing
+				step(x, "finds that %d would take a stranger's row along", n)
+				return
+			}
+			if s.logLen == 0 && !caused { // nothing is under way that could make it clear
+				x.fail(bFalse)
+			}
+			me.phase, me.victim, me.wait = missed, true, s.logLen
+			step(x, "does not know what %d would take along", n)
 			return
 		}
 		t := &t
@@ -486,6 +590,10 @@ func (sc *sScope) worker(s sState, i int, step func(to sState, what string, args
 		if expected != c.old && expected != absent && seen != c.seen {
 			t.fail(bOverwrite)
 		}
+		if sc.cascade && c.key == parent && c.new == absent && t.source[parent] != absent && t.source[child] != absent &&
+			t.source[child] != c.childOld && s.writes[child] != c.childSeen && !onChild(rec, n) {
+			t.fail(bOverwrite)
+		}
 		if rebased && expected != c.old && c.new != absent && s.base[c.key].refused {
 			t.fail(bOnTop)
 		}
@@ -506,7 +614,7 @@ func (sc *sScope) worker(s sState, i int, step func(to sState, what string, args
 		}
 		t.up[i].done(n)
 		x := *t
-		x.commit(e)
+		sc.commit(&x, e)
 		step(x, "applies %d to %d", rec, n)
 	}
 }
@@ -543,10 +651,19 @@ func (sc *sScope) refuse(s *sState, first, last, failed int8) {
 
 // down applies one whole transaction of the source to the mirror.
 func (sc *sScope) down(s *sState, e sEvent) {
+	if sc.redelivers && !sc.replays {
+		if e.pos <= s.at {
+			return
+		}
+		s.at = e.pos
+	}
 	for i := range e.n {
 		k := e.keys[i]
 		if !Route(popcount(s.pending[k])) || sc.ignoresPending {
 			s.mirror[k], s.seen[k] = e.vals[i], e.fw[i]
+			if k == child {
+				sc.written(s, e.own)
+			}
 			continue
 		}
 		w := s.base[k].writer.After(e.own != 0)
@@ -572,8 +689,24 @@ func (sc *sScope) settle(s *sState, rec int8, accepted bool) {
 	b := s.base[k]
 	if Settle(accepted, b.val == s.mirror[k], b.writer) != Keep {
 		s.mirror[k], s.seen[k] = b.val, b.seen
+		if k == child && b.writer == Foreign {
+			sc.written(s, 0)
+		}
 	}
 	s.base[k] = mBase{}
+}
+
+// written notes who wrote the mirror's child row: a device by one of these records, or somebody else.
+func (sc *sScope) written(s *sState, own uint8) {
+	if !sc.cascade {
+		return
+	}
+	s.strange = 1<<(s.merged+1) - 1
+	for rec := int8(1); rec <= s.merged; rec++ {
+		if own&(1<<rec) != 0 && s.changes[rec-1].key == child {
+			s.strange = 0
+		}
+	}
 }
 
 // check names what is wrong with a state; still says that nothing moves by itself any more.
@@ -659,6 +792,17 @@ var sourceScopes = []sScope{
 	{name: "units, foreign key, lawful devices, up restarts", start: [2]int8{absent, absent}, sessions: 2, fwr: 1, values: []int8{1, absent}, pairs: true, atomic: true,
 		foreignKey: true, lawful: true, restarts: 1},
 	{name: "three sessions, trigger and refusals", sessions: 3, fwr: 1, values: []int8{1, 2}, trigger: true, refuses: true},
+	{name: "deferred trigger", sessions: 3, fwr: 2, values: []int8{1, absent}, pairs: true, trigger: true, deferred: true},
+	{name: "deferred trigger, refusals, up restarts", sessions: 2, fwr: 1, values: []int8{1}, pairs: true, trigger: true, deferred: true, refuses: true, restarts: 1},
+	{name: "units, deferred trigger and refusals", sessions: 2, fwr: 1, values: []int8{1}, pairs: true, atomic: true, trigger: true, deferred: true, refuses: true},
+	{name: "cascade", sessions: 3, fwr: 2, values: []int8{1, absent}, cascade: true},
+	{name: "cascade, sessions of two records", sessions: 2, fwr: 2, values: []int8{1, absent}, pairs: true, cascade: true},
+	{name: "cascade, rows absent", start: [2]int8{absent, absent}, sessions: 3, fwr: 2, values: []int8{1, absent}, pairs: true, cascade: true},
+	{name: "cascade, units", sessions: 2, fwr: 2, values: []int8{1, absent}, pairs: true, atomic: true, cascade: true},
+	{name: "cascade, trigger, key re-use", sessions: 2, fwr: 2, values: []int8{1, absent}, trigger: true, reuse: true, cascade: true},
+	{name: "cascade, refusals, up restarts", sessions: 2, fwr: 1, values: []int8{1, absent}, refuses: true, restarts: 1, cascade: true},
+	{name: "down is sent transactions again", sessions: 3, fwr: 1, values: []int8{1, absent}, trigger: true, redelivers: true},
+	{name: "down is sent transactions again, up restarts, refusals", sessions: 2, fwr: 1, values: []int8{1, absent}, refuses: true, restarts: 1, redelivers: true},
 	{name: "foreign key, trigger, refusals", sessions: 2, fwr: 2, values: []int8{1, absent}, pairs: true, foreignKey: true, trigger: true, refuses: true},
 }
 
@@ -685,6 +829,9 @@ var brokenSourceRules = []sScope{
 	{finds: "TWO VERDICTS", name: "a term is numbered before the counter is moved", sessions: 1, fwr: 2, values: []int8{1, absent}, restarts: 2, sRules: sRules{termFirst: true}},
 	{finds: "FALSE REFUSAL", name: "down applies a transaction again", sessions: 2, fwr: 1, values: []int8{1}, trigger: true, sRules: sRules{replays: true}},
 	{finds: "FALSE REFUSAL", name: "a failed compare-and-set is decided at once", sessions: 2, fwr: 1, values: []int8{1, absent}, trigger: true, sRules: sRules{impatient: true}},
+	{finds: "OVERWRITE", name: "nobody looks at what a cascade takes", sessions: 1, fwr: 1, values: []int8{absent}, cascade: true, sRules: sRules{takesAll: true}},
+	{finds: "OVERWRITE", name: "what a cascade takes is looked up in the mirror only", sessions: 1, fwr: 1, values: []int8{absent}, cascade: true, sRules: sRules{takesUnlooked: true}},
+	{finds: "OVERWRITE", name: "a cascade takes what has a pending change", sessions: 2, fwr: 1, values: []int8{1, absent}, cascade: true, sRules: sRules{takesPending: true}},
 	{finds: "OVERWRITE", name: "a foreign writer of base does not stay", sessions: 2, fwr: 1, values: []int8{1}, trigger: true, sRules: sRules{lastWriter: true}},
 	{finds: "OVERWRITE", name: "a rebased record expects base as it is later", sessions: 3, fwr: 2, values: []int8{1, 2}, trigger: true, sRules: sRules{expectsLater: true}},
 	{finds: "DIVERGED", name: "down writes the mirror although changes are pending", sessions: 2, fwr: 1, values: []int8{1}, sRules: sRules{ignoresPending: true}},

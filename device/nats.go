@@ -70,9 +70,9 @@ func DialNATS(ctx context.Context, l Login) (Transport, error) {
 			return &natsTransport{nc: c.nc, user: l.User, device: l.Device}, nil
 		case isAuth(c.err):
 			if l.Seed == nil {
-				return nil, fmt.Errorf("device: %w as %s/%s at %s: unknown user, wrong password, or blocked", ErrLogin, l.User, l.Device, urls)
+				return nil, fmt.Errorf("device: %w as %s/%s at %s: unknown user, wrong password, or blocked; or the server cannot look it up just now, then its log says so", ErrLogin, l.User, l.Device, urls)
 			}
-			return nil, fmt.Errorf("device: %w with the key of %s/%s at %s: the device or user is blocked, was removed, or was enrolled again elsewhere", ErrLogin, l.User, l.Device, urls)
+			return nil, fmt.Errorf("device: %w with the key of %s/%s at %s: the device or user is blocked, was removed, or was enrolled again elsewhere; or the server cannot look it up just now, then its log says so", ErrLogin, l.User, l.Device, urls)
 		default:
 			return nil, fmt.Errorf("device: %w at %s: %w", ErrUnreachable, urls, c.err)
 		}

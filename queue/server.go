@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -135,12 +136,26 @@ func (s *Server) Shutdown() {
 	})
 }
 
-// serverLog hands the server's messages on. Its notices tell of each start in thirty lines: debug.
+// serverLog hands the server's messages on. Its notices tell of each start in thirty lines: debug. So are what nobody can or need
+// do anything about: the passwords of its configuration are ours, and of a refused login the callout says why.
 type serverLog struct{ log *zap.SugaredLogger }
 
 func (l serverLog) Noticef(format string, v ...any) { l.log.Debugf(format, v...) }
-func (l serverLog) Warnf(format string, v ...any)   { l.log.Warnf(format, v...) }
-func (l serverLog) Errorf(format string, v ...any)  { l.log.Errorf(format, v...) }
-func (l serverLog) Fatalf(format string, v ...any)  { l.log.Errorf(format, v...) }
-func (l serverLog) Debugf(string, ...any)           {}
-func (l serverLog) Tracef(string, ...any)           {}
+func (l serverLog) Warnf(format string, v ...any) {
+	if strings.HasPrefix(format, "Plaintext passwords detected") || strings.HasPrefix(format, "Auth callout service returned an error") {
+		l.log.Debugf(format, v...)
+		return
+	}
+	l.log.Warnf(format, v...)
+}
+
+func (l serverLog) Errorf(format string, v ...any) {
+	if strings.Contains(format, server.ErrAuthentication.Error()) {
+		l.log.Debugf(format, v...)
+		return
+	}
+	l.log.Errorf(format, v...)
+}
+func (l serverLog) Fatalf(format string, v ...any) { l.log.Errorf(format, v...) }
+func (l serverLog) Debugf(string, ...any)          {}
+func (l serverLog) Tracef(string, ...any)          {}

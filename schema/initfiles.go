@@ -12,11 +12,21 @@ import (
 
 // InitDefinitions writes a definitions file from the source's tables: each table that can be synced as a
 // subscription of its own, in one set and one group, and each other as a comment with the reason and the remedy.
-// What it returns can be used as it is; everybody then gets all rows.
-func InitDefinitions(ctx context.Context, source *pgx.Conn) (string, error) {
-	tables, problems, err := ReadTables(ctx, source, nil)
+// What it returns can be used as it is; everybody then gets all rows. left names what a device does not get, tables
+// and (as a warning) parts of them.
+func InitDefinitions(ctx context.Context, source *pgx.Conn) (text string, left []Problem, err error) {
+	found, problems, err := ReadTables(ctx, source, nil)
 	if err != nil {
-		return "", err
+		return "", nil, err
+	}
+	var tables []*Table
+	for _, t := range found {
+		if a, b := alike(t.Key); a != "" {
+			problems = append(problems, Problem{Table: t.FullName(), Message: fmt.Sprintf("has the key columns %q and %q, which %s", a, b, inCaseOnly),
+				Remedy: "rename one of them at the source"})
+			continue
+		}
+		tables = append(tables, t)
 	}
 	var b strings.Builder
 	b.WriteString(definitionsHead)
@@ -31,7 +41,7 @@ func InitDefinitions(ctx context.Context, source *pgx.Conn) (string, error) {
 		name := subscriptionName(t, names)
 		names[name] = t.FullName()
 		order = append(order, name)
-		writeSubscription(&b, name, t)
+		left = append(left, writeSubscription(&b, name, t)...)
 	}
 	if len(problems) > 0 {
 		b.WriteString("\n# Tables that cannot be synced as they are:\n")
@@ -39,16 +49,40 @@ func InitDefinitions(ctx context.Context, source *pgx.Conn) (string, error) {
 			fmt.Fprintf(&b, "#  %s %s\n#    %s\n", oneLine(p.Table), oneLine(p.Message), oneLine(p.Remedy))
 		}
 	}
+	left = append(problems, left...)
 	if len(order) == 0 {
 		b.WriteString("\nsets: {}\n\ngroups: {}\n")
-		return b.String(), nil
+		return b.String(), left, nil
 	}
 	b.WriteString("\n# A set is synced in one session, in this order: parents before the tables that refer to them.\nsets:\n  all:\n")
+	folded := map[string]string{}
 	for _, name := range order {
+		if other, taken := folded[fold(names[name])]; taken {
+			fmt.Fprintf(&b, "    # - %s: its table and %s %s\n", name, oneLine(other), inCaseOnly)
+			left = append(left, Problem{Table: names[name], Message: fmt.Sprintf("is in no set: it and %s %s", other, inCaseOnly),
+				Remedy: "put it into a set of another group, or instead of the other one", Warning: true})
+			continue
+		}
+		folded[fold(names[name])] = names[name]
 		fmt.Fprintf(&b, "    - %s\n", name)
 	}
 	b.WriteString("\n# A group gives its members sets. Users are put into groups with `waystage users add NAME --group everybody`.\ngroups:\n  everybody: {sets: [all]}\n")
-	return b.String(), nil
+	return b.String(), left, nil
+}
+
+// inCaseOnly is what a device cannot hold beside each other.
+const inCaseOnly = "differ in case only, which a device's SQLite does not tell apart"
+
+// alike finds two names that a device does not tell apart; empty: there are none.
+func alike(names []string) (a, b string) {
+	folded := map[string]string{}
+	for _, n := range names {
+		if other, taken := folded[fold(n)]; taken {
+			return other, n
+		}
+		folded[fold(n)] = n
+	}
+	return "", ""
 }
 
 const definitionsHead = `# What devices hold and may change. Written by waystage init from the tables of the source; edit it, then check it
@@ -70,14 +104,28 @@ version: 1
 # not be in a set.
 `
 
-func writeSubscription(b *strings.Builder, name string, t *Table) {
+// writeSubscription writes all of a table that a device can hold, and returns the columns that it cannot.
+func writeSubscription(b *strings.Builder, name string, t *Table) (left []Problem) {
 	fmt.Fprintf(b, "  %s:\n    table: %s\n", name, yamlText(t.FullName()))
+	folded := map[string]string{}
+	for _, k := range t.Key { // the key stays
+		folded[fold(k)] = k
+	}
 	var cols []string
 	for _, c := range t.Columns {
-		text := yamlText(c.Name)
-		cols = append(cols, text)
+		if other, taken := folded[fold(c.Name)]; taken && other != c.Name {
+			left = append(left, Problem{Table: t.FullName(), Message: fmt.Sprintf("the column %q is left out: it and %q %s", c.Name, other, inCaseOnly),
+				Remedy: "rename one of them at the source to have both", Warning: true})
+			continue
+		}
+		folded[fold(c.Name)] = c.Name
+		cols = append(cols, yamlText(c.Name))
 	}
-	fmt.Fprintf(b, "    # columns: [%s]\n", strings.Join(cols, ", "))
+	mark := "# "
+	if len(left) > 0 {
+		mark = ""
+	}
+	fmt.Fprintf(b, "    %scolumns: [%s]\n", mark, strings.Join(cols, ", "))
 	for _, f := range t.Foreign {
 		if len(f.Columns) == 1 {
 			fmt.Fprintf(b, "    # key: %s   # refers to %s\n    # rows: select ... from ... where ... = :user\n", yamlText(f.Columns[0]), oneLine(f.Table))
@@ -85,6 +133,7 @@ func writeSubscription(b *strings.Builder, name string, t *Table) {
 		}
 	}
 	b.WriteString("    direction: two-way\n    allow: [insert, update, delete]\n")
+	return left
 }
 
 var notName = regexp.MustCompile(`[^a-z0-9_-]+`)

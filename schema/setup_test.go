@@ -348,7 +348,11 @@ func TestSetupAddsTables(t *testing.T) {
 	exec(t, source, "ALTER TABLE public.b ADD PRIMARY KEY (id)")
 	exec(t, source, "UPDATE public.a SET more = id")
 	exec(t, source, "ALTER TABLE public.a DROP CONSTRAINT a_pkey, ADD PRIMARY KEY (id, more)")
-	// A new copy takes all of it, and a new epoch.
+	// A new copy takes all of it, and a new epoch. Records that the source has not answered end with the old one, and their devices send them again.
+	for i, state := range []string{"merged", "applied"} {
+		exec(t, mirror, fmt.Sprintf(`INSERT INTO waystage.change (session_id, idx, device_id, incarnation, n, tbl, tname, op, key, state, stamp)
+			VALUES (1, %d, 1, 'i', 1, 1, 'public.a', 'D', '{1}', '%s', pg_current_xact_id()::text::bigint)`, i, state))
+	}
 	fourth, err := Setup(ctx, SetupOptions{SourceDSN: sourceDSN, MirrorDSN: mirrorDSN, Definitions: d, Recopy: true})
 	if err != nil {
 		t.Fatal(err)
@@ -359,6 +363,7 @@ func TestSetupAddsTables(t *testing.T) {
 	for _, tbl := range fourth.Tables {
 		sameContents(t, source, mirror, tbl)
 	}
+	equal(t, column(t, mirror, "SELECT concat_ws(' ', state, code) FROM waystage.change ORDER BY idx"), []string{"refused epoch", "applied"})
 	equal(t, column(t, source, "SELECT slot_name::text FROM pg_replication_slots WHERE database = current_database()"), []string{SlotDown(fourth.Epoch)})
 	equal(t, column(t, source, "SELECT epoch FROM waystage.progress"), []string{fourth.Epoch})
 }

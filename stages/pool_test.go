@@ -238,7 +238,9 @@ func testPoolShutdown(t *testing.T, r *rig) {
 	}
 	// A long-runner ends with the pool and is started again when it fails.
 	var runs atomic.Int64
-	p, stop = startPool(t, r, PoolConfig{Stage: "loop"}, func() Worker {
+	var written atomic.Int64
+	written.Store(7)
+	p, stop = startPool(t, r, PoolConfig{Stage: "loop", Done: written.Load, Lag: func() int64 { return 42 }}, func() Worker {
 		return loop(func(ctx context.Context) error {
 			if runs.Add(1) < 3 {
 				return errors.New("lost the lead")
@@ -248,6 +250,10 @@ func testPoolShutdown(t *testing.T, r *rig) {
 		})
 	})
 	eventually(t, "the third run", func() bool { return runs.Load() == 3 && p.count(StateBusy) == 1 })
+	written.Store(20)
+	if s := p.Snapshot(); s.Items != 20 || s.Rate <= 0 || s.LagBytes != 42 {
+		t.Fatalf("%+v", s)
+	}
 	if w := p.Snapshot().Workers[0]; w.Doing != "leading" || w.LastError != "lost the lead" {
 		t.Fatalf("%+v", w)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -233,5 +234,29 @@ func TestFindPrefersEnvironment(t *testing.T) {
 	}
 	if b, err := pgcluster.Find(15); err == nil && b.Major != 15 {
 		t.Errorf("Find(15) = %+v", b)
+	}
+}
+
+// TestScript: scripts/postgresql.sh, which make runs, finds programs where Find does.
+func TestScript(t *testing.T) {
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"initdb":   "#!/bin/sh\n",
+		"postgres": "#!/bin/sh\necho 'postgres (PostgreSQL) 18.99 (Test)'\n",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	script := filepath.Join("..", "..", "scripts", "postgresql.sh")
+	for _, wanted := range []string{"18", "any"} {
+		c := exec.Command(script, wanted)
+		c.Env = append(os.Environ(), pgcluster.EnvBin+"=/no/such/folder:"+dir)
+		if out, err := c.CombinedOutput(); err != nil || string(out) != dir+"\n" {
+			t.Errorf("%s: %v, %s", wanted, err, out)
+		}
+	}
+	if out, err := exec.Command(script, "14").CombinedOutput(); err == nil || !strings.Contains(string(out), "15, 16, 17, 18 or any") {
+		t.Errorf("14: %v, %s", err, out)
 	}
 }

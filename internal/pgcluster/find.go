@@ -39,9 +39,9 @@ func Find(major int) (Binaries, error) {
 			return b, nil
 		}
 	}
-	want := strconv.Itoa(major)
+	want, script := strconv.Itoa(major), strconv.Itoa(major)
 	if major == 0 {
-		want = strconv.Itoa(MinMajor)
+		want, script = strconv.Itoa(MinMajor)+" or later", "any"
 	}
 	var seen strings.Builder
 	for _, p := range passed {
@@ -52,7 +52,7 @@ func Find(major int) (Binaries, error) {
 	}
 	return Binaries{}, fmt.Errorf("%w (initdb, postgres) of version %s found. Run:\n"+
 		"  scripts/postgresql.sh %s\n"+
-		"or name the folder that holds them in %s.%s", ErrNoServer, want, want, EnvBin, seen.String())
+		"or name the folder that holds them in %s.%s", ErrNoServer, want, script, EnvBin, seen.String())
 }
 
 // FindAll lists all usable server programs in order of preference, and the reasons for those passed over.
