@@ -117,11 +117,7 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	var setUp atomic.Bool
 	current := stages.NewFollower(mirror, log.Named("definitions"))
 	listener := health.New(health.Config{Listen: c.Health.Listen, Metrics: metrics, Version: version,
-<<<<<<< adb360e
-		Checks: checks(source, mirror, q, &setUp, c.Retention.WAL)}, log.Named("health"))
-=======
-		Checks: checks(source, mirror, q, current, &setUp)}, log.Named("health"))
->>>>>>> 0f862c4
+		Checks: checks(source, mirror, q, current, &setUp, c.Retention.WAL)}, log.Named("health"))
 	var healthURL string
 	if c.Health.Listen != "" {
 		l, err := listener.Listen(ctx)
@@ -325,13 +321,8 @@ func forwardKicks(ctx context.Context, g *errgroup.Group, q *queue.Queue, pools 
 	return nil
 }
 
-<<<<<<< adb360e
 // checks are the conditions of readiness. keep is how much log a slot may hold back without a warning; 0: any.
-func checks(source, mirror *pgxpool.Pool, q *queue.Queue, setUp *atomic.Bool, keep Size) []health.Check {
-=======
-// checks are the conditions of readiness.
-func checks(source, mirror *pgxpool.Pool, q *queue.Queue, current *stages.Follower, setUp *atomic.Bool) []health.Check {
->>>>>>> 0f862c4
+func checks(source, mirror *pgxpool.Pool, q *queue.Queue, current *stages.Follower, setUp *atomic.Bool, keep Size) []health.Check {
 	ping := func(p *pgxpool.Pool) func(context.Context) error {
 		return func(ctx context.Context) error {
 			var one int

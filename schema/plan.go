@@ -278,7 +278,7 @@ func (p *planner) members(ctx context.Context) error {
 		})
 		for _, table := range names {
 			b, a := before[table], after[table]
-			if a.sub != nil && b.sub != nil && a.set == b.set && alike(a.sub, b.sub) {
+			if a.sub != nil && b.sub != nil && a.set == b.set && sameRights(a.sub, b.sub) {
 				continue
 			}
 			touched = true
@@ -330,8 +330,8 @@ func nameOf(s *Subscription) string {
 	return s.Name
 }
 
-// alike tells whether two versions of a subscription give the same rows and rights.
-func alike(a, b *Subscription) bool {
+// sameRights tells whether two versions of a subscription give the same rows and rights.
+func sameRights(a, b *Subscription) bool {
 	return a.Table == b.Table && slices.Equal(a.Columns, b.Columns) && a.Key == b.Key && a.Rows == b.Rows && a.Direction == b.Direction && a.Allow == b.Allow &&
 		a.Reject == b.Reject && a.Conflict == b.Conflict && a.Function == b.Function
 }
