@@ -46,13 +46,8 @@ func stopFaulty(ctx context.Context, conn *pgx.Conn, layout int64, err error, lo
 	if detail == "" {
 		detail = clean(f.err.Error())
 	}
-	ours, serr := schema.StopTable(ctx, conn, f.t.ID, layout, f.code, detail)
-	if serr != nil {
+	if serr := schema.StopTable(ctx, conn, f.t.ID, f.t.FullName(), layout, f.code, detail, log); serr != nil {
 		return errors.Join(err, serr)
-	}
-	if ours {
-		log.Error("a table is stopped; all others go on. Look with `waystage schema diff`, go on with `waystage schema apply`",
-			zap.String("table", f.t.FullName()), zap.String("code", string(f.code)), zap.String("detail", detail))
 	}
 	return fmt.Errorf("%w: %w", errLayout, err)
 }

@@ -186,7 +186,7 @@ func (g *guard) look(ctx context.Context, source *pgx.Conn) error {
 		}
 		g.mirror = conn
 	}
-	found, err := schema.GuardPublication(ctx, g.c.cfg.Publication, source, g.mirror)
+	found, err := schema.GuardPublication(ctx, g.c.cfg.Publication, source, g.mirror, g.c.log)
 	for _, f := range found {
 		g.c.log.Error("the source's publication has changed", zap.String("found", f))
 	}

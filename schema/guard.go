@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/jackc/pgx/v5"
+	"go.uber.org/zap"
 
 	"github.com/waystage/waystage/internal/pgerr"
 )
@@ -24,7 +25,7 @@ var ErrNoPublication = errors.New("the publication is gone, or was dropped and m
 // if it is gone or another one. A table
 // that has lost its replica identity makes the customer's own updates and deletes fail as long as it is published
 // (SQLSTATE 55000): it is taken out. A synced table that is not published any more is stopped, for its changes do not come.
-func GuardPublication(ctx context.Context, publication string, source Querier, mirror Connection) (found []string, err error) {
+func GuardPublication(ctx context.Context, publication string, source Querier, mirror Connection, log *zap.Logger) (found []string, err error) {
 	layout, err := Layout(ctx, mirror)
 	if err != nil {
 		return nil, err
@@ -49,8 +50,7 @@ func GuardPublication(ctx context.Context, publication string, source Querier, m
 		if !ok {
 			return nil
 		}
-		_, err := StopTable(ctx, mirror, t.id, layout, code, detail)
-		return err
+		return StopTable(ctx, mirror, t.id, table, layout, code, detail, log)
 	}
 	rows, err := source.Query(ctx, `SELECT n.nspname, c.relname, n.nspname || '.' || c.relname,
 			c.relreplident = 'f' OR EXISTS (SELECT 1 FROM pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate

@@ -8,6 +8,7 @@ import (
 
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
+	"go.uber.org/zap"
 
 	"github.com/waystage/waystage/internal/pgcluster"
 	"github.com/waystage/waystage/internal/pgerr"
@@ -107,7 +108,7 @@ func TestHazardCustomersUpdates(t *testing.T) {
 	if _, err := source.Exec(ctx, "UPDATE public.twice SET c = 'x'"); pgerr.Code(err) != "55000" {
 		t.Fatalf("the test's ground is gone: %v", err)
 	}
-	found, err := GuardPublication(ctx, PublicationDown, source, mirror)
+	found, err := GuardPublication(ctx, PublicationDown, source, mirror, zap.NewNop())
 	if err != nil || len(found) != 1 || !strings.Contains(found[0], "public.twice") {
 		t.Fatalf("%q %v", found, err)
 	}
@@ -117,18 +118,18 @@ func TestHazardCustomersUpdates(t *testing.T) {
 	exec(t, source, "ALTER TABLE public.good DROP CONSTRAINT good_pkey", "CREATE ROLE ws_guard LOGIN", "GRANT USAGE ON SCHEMA waystage TO ws_guard")
 	t.Cleanup(func() { exec(t, source, "DROP OWNED BY ws_guard CASCADE", "DROP ROLE ws_guard") })
 	weak := connect(t, strings.Replace(sourceDSN, pgcluster.Superuser+"@", "ws_guard@", 1))
-	if _, err := GuardPublication(ctx, PublicationDown, weak, mirror); err == nil || !strings.Contains(err.Error(), `ALTER PUBLICATION "waystage" DROP TABLE ONLY`) {
+	if _, err := GuardPublication(ctx, PublicationDown, weak, mirror, zap.NewNop()); err == nil || !strings.Contains(err.Error(), `ALTER PUBLICATION "waystage" DROP TABLE ONLY`) {
 		t.Errorf("%v", err)
 	}
-	found, err = GuardPublication(ctx, PublicationDown, source, mirror)
+	found, err = GuardPublication(ctx, PublicationDown, source, mirror, zap.NewNop())
 	if err != nil || len(found) != 1 {
 		t.Errorf("%q %v", found, err)
 	}
-	if found, err = GuardPublication(ctx, PublicationDown, source, mirror); err != nil || len(found) != 0 {
+	if found, err = GuardPublication(ctx, PublicationDown, source, mirror, zap.NewNop()); err != nil || len(found) != 0 {
 		t.Errorf("it goes on finding: %q %v", found, err)
 	}
 	exec(t, source, "DROP PUBLICATION waystage", "CREATE PUBLICATION waystage FOR TABLE waystage.progress")
-	if _, err := GuardPublication(ctx, PublicationDown, source, mirror); !errors.Is(err, ErrNoPublication) {
+	if _, err := GuardPublication(ctx, PublicationDown, source, mirror, zap.NewNop()); !errors.Is(err, ErrNoPublication) {
 		t.Errorf("dropped and made again: %v", err)
 	}
 }

@@ -278,12 +278,7 @@ func actAlone(ctx context.Context, mirror *pgx.Conn, layout int64, i *Inspection
 		if d.Column != "" {
 			detail = "column " + d.Column + " " + d.What
 		}
-		ours, err := StopTable(ctx, mirror, i.Stored.ID, layout, d.Stops, detail)
-		if ours {
-			log.Error("a table is stopped; all others go on. Look with `waystage schema diff`, go on with `waystage schema apply`",
-				zap.String("table", i.Table), zap.String("code", string(d.Stops)), zap.String("detail", detail))
-		}
-		return err
+		return StopTable(ctx, mirror, i.Stored.ID, i.Table, layout, d.Stops, detail, log)
 	}
 	if i.Action == ActRefresh {
 		if err := Refresh(ctx, mirror, i); err != nil {

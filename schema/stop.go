@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"go.uber.org/zap"
 )
 
 // StopCode is a stable name of a reason why a table is stopped; docs/schema-changes.md lists them.
@@ -78,9 +79,9 @@ func moveLayout(ctx context.Context, q Querier) error {
 	return err
 }
 
-// StopTable takes a table out of replication, if the layout is still the one that the caller judged by. It returns whether it was
-// this call that did it; a copy of the table that is under way ends.
-func StopTable(ctx context.Context, db Beginner, id int, layout int64, code StopCode, detail string) (bool, error) {
+// StopTable takes a table out of replication, if the layout is still the one that the caller judged by, and tells the log if it was
+// this call that did it. A copy of the table that is under way ends.
+func StopTable(ctx context.Context, db Beginner, id int, name string, layout int64, code StopCode, detail string, log *zap.Logger) error {
 	stopped := false
 	err := pgx.BeginFunc(ctx, db, func(tx pgx.Tx) error {
 		now, err := lockLayout(ctx, tx)
@@ -97,7 +98,11 @@ func StopTable(ctx context.Context, db Beginner, id int, layout int64, code Stop
 		return moveLayout(ctx, tx)
 	})
 	if err != nil {
-		return false, fmt.Errorf("stop table %d: %w", id, err)
+		return fmt.Errorf("stop table %s: %w", name, err)
 	}
-	return stopped, nil
+	if stopped {
+		log.Error("a table is stopped; all others go on. Look with `waystage schema diff`, go on with `waystage schema apply`",
+			zap.String("table", name), zap.String("code", string(code)), zap.String("detail", detail))
+	}
+	return nil
 }
