@@ -19,15 +19,72 @@ import (
 // has its verdict, or the user himself replaced it; no record is rejected without a cause. Where nothing moves by itself any more: source == mirror
 // == each device, nothing is pending, and each rejection is in its device's log once.
 
-// jImage is a row's image: 0 is an absent row, and every write has a value of its own. A trigger's rewriting adds jRewritten.
-type jImage struct {
+// jImage is a row's image by columns: 0 is an absent row, and every write has a value of its own. A trigger's rewriting adds
+// jRewritten. Scopes without a conflict policy have one column.
+type jImage [2]struct {
 	val  uint8
-	over uint16 // ghost: numbers of the writes in its history
+	over uint8 // ghost: numbers of the writes in the column's history
 }
 
 const jRewritten uint8 = 0x80
 
-func (i jImage) there() bool { return i.val != 0 }
+func (i jImage) there() bool { return i[0].val != 0 }
+
+func (i jImage) history() uint16 { return uint16(i[0].over | i[1].over) }
+
+// over is the image with another's history too.
+func (i jImage) over(o jImage) jImage {
+	for c := range i {
+		i[c].over |= o[c].over
+	}
+	return i
+}
+
+func (i jImage) equals(o jImage) bool { return i[0].val == o[0].val && i[1].val == o[1].val }
+
+// with is the image with another's columns; gone or come are whole images.
+func (i jImage) with(o jImage, columns uint8) jImage {
+	if !i.there() || !o.there() {
+		return o
+	}
+	for c := range i {
+		if columns&(1<<c) != 0 {
+			i[c] = o[c]
+		}
+	}
+	return i
+}
+
+// unseen are the writes in the history of these columns that the author of an image had not seen.
+func (i jImage) unseen(by jImage, columns uint8) (out uint8) {
+	for c := range i {
+		if columns&(1<<c) != 0 {
+			out |= i[c].over &^ by[c].over
+		}
+	}
+	return out
+}
+
+// clash of a record that was made on base with a row.
+func clash(op Op, columns uint8, base, mine, row jImage) Clash {
+	out := Clash{Op: op, Exists: row.there(), Known: true}
+	for c := range row {
+		out.Overlap = out.Overlap || columns&(1<<c) != 0 && row[c].val != base[c].val && row[c].val != mine[c].val
+	}
+	return out
+}
+
+// resolve decides a clash by the scope's policy. Its function takes the device's columns, and brings deleted rows back.
+func (sc *jScope) resolve(why Reason, c Clash) (Effect, Reason) {
+	switch {
+	case sc.policy != AskFunction:
+		c.Overlap = c.Overlap && !sc.mergesOverlaps
+		return Resolve(sc.policy.For(c.Op, true), why, c)
+	case c.Op == Delete:
+		return Answered(Absent, why, c)
+	}
+	return Answered(Another, why, c)
+}
 
 type jState8 = uint8
 
@@ -45,6 +102,9 @@ type jRecord struct {
 	dev, key   uint8
 	state      jState8
 	stamp, ver uint8
+	op         Op
+	columns    uint8 // that it changes, a bit each
+	resolved   uint8 // a policy took it: 1 in the merge, 2 at the source
 	edit       uint8 // ghost: number of the write
 	first      uint8 // ghost: first record of the session
 	unit       uint8 // records with the same one stand or fall together (rule R8); 0: alone
@@ -62,6 +122,7 @@ type jBase struct {
 	img      jImage
 	writer   Writer
 	lw, mver uint8
+	refused  bool // a change of the key was refused; kept where there is a policy only
 }
 
 type jDeviceRow struct {
@@ -71,6 +132,8 @@ type jDeviceRow struct {
 	sent       bool // carried by a session without a verdict
 	sentImg    jImage
 	sentBver   uint8
+	bimg       jImage // what the edit was made on; kept where there is a policy only
+	sentBase   jImage
 }
 
 type jReply struct {
@@ -125,6 +188,7 @@ type jState struct {
 	crashes  uint8
 	refusals uint8
 	refused  uint16 // ghost: writes that were refused or rejected
+	given    uint8  // ghost: writes that a policy gave up, which the record that replaced them says
 	applied  uint8  // ghost: records applied, a bit each
 	bad      uint8
 	authorOf [8]uint8 // ghost: device of each write, from 1; 0: foreign
@@ -147,6 +211,9 @@ type jRules struct {
 	noBarrier      bool // a new up worker does not wait for down
 	comparesLate   bool // R8: up compares a unit's rows one by one between its writes, not all before the first
 	tornUnit       bool // R8: up refuses the one record of a unit that the source does not take
+	mergesOverlaps bool // the policy columns merges although both have changed a column
+	tellsVersion   bool // a device is told the row's version for what a policy merged
+	keepsAuthor    bool // what a policy merged at the source counts as its device's image
 }
 
 type jScope struct {
@@ -159,6 +226,7 @@ type jScope struct {
 	deletes  bool
 	moves    bool // foreign transactions may give the row of key 0 the key 1
 	atomic   bool // a session's records stand or fall together
+	policy   Policy
 	sameRow  bool // the source's trigger rewrites the row that a device wrote
 	otherRow bool // a write of key 0 makes the source rewrite key 1
 	crashes  uint8
@@ -204,7 +272,18 @@ func (s *jState) pending(key uint8) (n int) {
 // caused tells whether something stands against an image: the row holds a write that its author had not seen, or one that it
 // was made over was refused.
 func (s *jState) caused(img, row jImage) bool {
-	return row.over&^img.over != 0 || img.over&s.refused != 0
+	return row.history()&^img.history() != 0 || img.history()&s.refused != 0
+}
+
+// mustTake tells whether a record's policy cannot but take it, whatever the row holds that its author had not seen.
+func (sc *jScope) mustTake(s *jState, r *jRecord, row jImage) bool {
+	switch {
+	case r.img.history()&s.refused != 0 || !row.there() && sc.policy != AskFunction || sc.sameRow || sc.otherRow:
+		return false
+	case sc.policy == MergeColumns:
+		return r.op == Update && row.unseen(r.img, r.columns) == 0
+	}
+	return sc.policy == LastWriter || sc.policy == AskFunction
 }
 
 func (sc *jScope) check(s *jState, still bool) string {
@@ -215,16 +294,16 @@ func (sc *jScope) check(s *jState, still bool) string {
 		return ""
 	}
 	for k := range sc.keys {
-		if s.mirror[k].img.val != s.source[k].val {
-			return fmt.Sprintf("DIVERGED: key%d is %d in the mirror and %d at the source", k, s.mirror[k].img.val, s.source[k].val)
+		if !s.mirror[k].img.equals(s.source[k]) {
+			return fmt.Sprintf("DIVERGED: key%d is %v in the mirror and %v at the source", k, s.mirror[k].img, s.source[k])
 		}
 		if s.pending(k) > 0 || s.base[k].has {
 			return fmt.Sprintf("STUCK: a change of key%d is pending", k)
 		}
 		for d := range sc.devices {
 			r := &s.dev[d].row[k]
-			if r.dirty || r.live.val != s.mirror[k].img.val {
-				return fmt.Sprintf("DIVERGED: key%d is %d on device %c and %d in the mirror", k, r.live.val, "AB"[d], s.mirror[k].img.val)
+			if r.dirty || !r.live.equals(s.mirror[k].img) {
+				return fmt.Sprintf("DIVERGED: key%d is %v on device %c and %v in the mirror", k, r.live, "AB"[d], s.mirror[k].img)
 			}
 		}
 	}
@@ -296,6 +375,24 @@ var joinedScopes = []jScope{
 	{name: "atomic sessions", keys: 2, devices: 1, edits: [2]uint8{2}, fwr: 1, atomic: true, refusals: 1},
 	{name: "atomic sessions, up dies, triggers", keys: 2, devices: 1, edits: [2]uint8{2}, atomic: true, refusals: 1, crashes: 1, otherRow: true, sameRow: true},
 	{name: "atomic sessions of two devices", keys: 2, devices: 2, edits: [2]uint8{2, 1}, atomic: true},
+
+	{name: "columns", policy: MergeColumns, keys: 1, devices: 1, edits: [2]uint8{2}, fwr: 1, deletes: true},
+	{name: "columns, two foreign writes", policy: MergeColumns, keys: 1, devices: 1, edits: [2]uint8{1}, fwr: 2, deletes: true},
+	{name: "columns, up dies, refusals", policy: MergeColumns, keys: 1, devices: 1, edits: [2]uint8{2}, fwr: 1, crashes: 1, refusals: 1},
+	{name: "columns, the row is rewritten", policy: MergeColumns, keys: 1, devices: 1, edits: [2]uint8{2}, fwr: 1, sameRow: true},
+	{name: "columns, two devices", policy: MergeColumns, keys: 1, devices: 2, edits: [2]uint8{2, 1}},
+	{name: "columns, two devices, refusals", policy: MergeColumns, keys: 1, devices: 2, edits: [2]uint8{1, 1}, refusals: 1, deletes: true},
+	{name: "columns, atomic sessions", policy: MergeColumns, keys: 2, devices: 1, edits: [2]uint8{2}, fwr: 1, atomic: true, refusals: 1},
+	{name: "last writer", policy: LastWriter, keys: 1, devices: 1, edits: [2]uint8{2}, fwr: 1, deletes: true},
+	{name: "last writer, two foreign writes", policy: LastWriter, keys: 1, devices: 1, edits: [2]uint8{1}, fwr: 2, deletes: true},
+	{name: "last writer, the row is absent", policy: LastWriter, keys: 1, devices: 2, edits: [2]uint8{1, 1}, absent: true, deletes: true},
+	{name: "last writer, up dies, refusals", policy: LastWriter, keys: 1, devices: 1, edits: [2]uint8{2}, fwr: 1, crashes: 1, refusals: 1},
+	{name: "last writer, two devices, the row is rewritten", policy: LastWriter, keys: 1, devices: 2, edits: [2]uint8{1, 1}, sameRow: true},
+	{name: "last writer, atomic sessions", policy: LastWriter, keys: 2, devices: 1, edits: [2]uint8{2}, fwr: 1, atomic: true, refusals: 1},
+	{name: "source wins", policy: SourceWins, keys: 1, devices: 2, edits: [2]uint8{1, 1}},
+	{name: "source wins, deletes", policy: SourceWins, keys: 1, devices: 1, edits: [2]uint8{2}, fwr: 1, deletes: true},
+	{name: "a function", policy: AskFunction, keys: 1, devices: 1, edits: [2]uint8{2}, fwr: 1, deletes: true},
+	{name: "a function, two devices, up dies", policy: AskFunction, keys: 1, devices: 2, edits: [2]uint8{1, 1}, crashes: 1, deletes: true},
 }
 
 func TestModelOfAllThreeConverges(t *testing.T) {
@@ -327,6 +424,11 @@ var brokenJoinedRules = []jScope{
 	{finds: "DIVERGED", name: "the cursor begins one version too late", edits: [2]uint8{1}, fwr: 1, jRules: jRules{lateCursor: true}},
 	{finds: "DOUBLE", name: "a new up worker does not wait for down", edits: [2]uint8{1}, deletes: true, crashes: 1, jRules: jRules{noBarrier: true}},
 	{finds: "FALSE REJECTION", name: "a unit's rows are compared between its writes", keys: 2, edits: [2]uint8{2}, atomic: true, otherRow: true, jRules: jRules{comparesLate: true}},
+	{finds: "OVERWRITE", name: "columns that both have changed are merged", policy: MergeColumns, devices: 2, edits: [2]uint8{1, 1}, jRules: jRules{mergesOverlaps: true}},
+	{finds: "OVERWRITE", name: "columns that both have changed are merged at the source", policy: MergeColumns, edits: [2]uint8{1}, fwr: 1, jRules: jRules{mergesOverlaps: true}},
+	{finds: "OVERWRITE", name: "a device is told the version of what a policy merged", policy: MergeColumns, devices: 2, edits: [2]uint8{2, 1}, jRules: jRules{tellsVersion: true}},
+	{finds: "OVERWRITE", name: "what a policy merged at the source is its device's", policy: MergeColumns, edits: [2]uint8{2}, fwr: 1, jRules: jRules{keepsAuthor: true}},
+	{finds: "OVERWRITE", name: "what the last writer wrote at the source is its device's", policy: LastWriter, edits: [2]uint8{2}, fwr: 1, jRules: jRules{keepsAuthor: true}},
 	{finds: "TORN", name: "a unit is refused in part", keys: 2, edits: [2]uint8{2}, refusals: 1, atomic: true, jRules: jRules{tornUnit: true}},
 }
 

@@ -17,7 +17,7 @@ func (sc *jScope) start() (s jState) {
 	s.tx = 2
 	for k := range s.mirror {
 		if !sc.absent {
-			s.source[k] = jImage{val: 1}
+			s.source[k] = sc.image(1, 0, jImage{}, sc.all())
 			s.mirror[k].ver = 1
 		}
 		s.mirror[k].img, s.mirror[k].stamp = s.source[k], 1
@@ -27,6 +27,36 @@ func (sc *jScope) start() (s jState) {
 		}
 	}
 	return s
+}
+
+// all are the columns, a bit each.
+func (sc *jScope) all() uint8 {
+	if sc.policy == "" {
+		return 1
+	}
+	return 3
+}
+
+// image is an image after the write of a value into columns; number is the write's, from 1, or 0.
+func (sc *jScope) image(val, number uint8, before jImage, columns uint8) jImage {
+	for c := range before {
+		if columns&(1<<c) == 0 {
+			continue
+		}
+		before[c].val = val
+		if number > 0 {
+			before[c].over |= 1 << (number - 1)
+		}
+	}
+	return before
+}
+
+// writes are the sets of columns that one write of a row may change.
+func (sc *jScope) writes(row jImage) []uint8 {
+	if sc.policy == "" || !row.there() {
+		return []uint8{sc.all()}
+	}
+	return []uint8{1, 2}
 }
 
 func (sc *jScope) next(s jState) (out []jStep) {
@@ -65,25 +95,30 @@ func (sc *jScope) device(s jState, d uint8, step func(bool, jState, string, ...a
 	name := string("AB"[d])
 	if s.edits[d] < sc.edits[d] {
 		for k := range sc.keys {
-			edit := func(val func(n uint8) uint8, what string) {
+			edit := func(columns uint8, val func(n uint8) uint8, what string) {
 				t := s
 				t.edits[d]++
 				n := t.write(d + 1)
 				r := &t.dev[d].row[k]
 				if !r.dirty {
 					r.dirty, r.bver = true, r.sver
+					if sc.policy != "" {
+						r.bimg = r.simg
+					}
 				}
 				before := r.live
-				r.live = jImage{val(n), before.over | 1<<(n-1)}
+				r.live = sc.image(val(n), n, before, columns)
 				if !r.sent || before != r.sentImg { // the user replaces his own unsent edit
 					t.dev[d].owed &^= t.newest(before, d)
 				}
 				t.dev[d].owed |= 1 << (n - 1)
 				step(false, t, "%s %s key%d", name, what, k)
 			}
-			edit(func(n uint8) uint8 { return 1 + n }, "edits")
+			for _, columns := range sc.writes(s.dev[d].row[k].live) {
+				edit(columns, func(n uint8) uint8 { return 1 + n }, fmt.Sprintf("edits columns %b of", columns))
+			}
 			if sc.deletes && s.dev[d].row[k].live.there() {
-				edit(func(uint8) uint8 { return 0 }, "deletes")
+				edit(sc.all(), func(uint8) uint8 { return 0 }, "deletes")
 			}
 		}
 	}
@@ -105,7 +140,7 @@ func (sc *jScope) device(s jState, d uint8, step func(bool, jState, string, ...a
 		td.open = true
 		for k := range sc.keys {
 			if r := &td.row[k]; r.dirty && !r.sent {
-				r.sent, r.sentImg, r.sentBver = true, r.live, r.bver
+				r.sent, r.sentImg, r.sentBver, r.sentBase = true, r.live, r.bver, r.bimg
 			}
 		}
 		step(true, t, "%s begins a session", name)
@@ -131,7 +166,7 @@ func (sc *jScope) device(s jState, d uint8, step func(bool, jState, string, ...a
 // newest is the bit of the edit that an image is the last of, if it is this device's and its row was not sent since.
 func (s *jState) newest(i jImage, d uint8) uint16 {
 	for n := int(s.writes) - 2; n >= 0; n-- { // the newest write is the one that replaces it
-		if i.over&(1<<n) != 0 {
+		if i.history()&(1<<n) != 0 {
 			if s.authorOf[n] == d+1 {
 				return 1 << n
 			}
@@ -164,13 +199,27 @@ func (sc *jScope) merge(s *jState, d uint8) bool {
 			op = Insert
 		}
 		exists := m.img.there()
-		effect, _ := Merge(Facts{Op: op, Exists: exists, Version: r.sentBver == m.ver || sc.stale && exists && op != Insert,
-			OwnEcho: m.lw == d+1 && m.mver != 0 && r.sentBver == m.mver && !sc.noOwnEcho, SameImage: exists && m.img.val == r.sentImg.val})
-		rec := jRecord{dev: d, key: k, state: jMerged, stamp: tx, ver: tx, old: m.img, img: r.sentImg, edit: s.top(r.sentImg), first: first}
+		effect, why := Merge(Facts{Op: op, Exists: exists, Version: r.sentBver == m.ver || sc.stale && exists && op != Insert,
+			OwnEcho: m.lw == d+1 && m.mver != 0 && r.sentBver == m.mver && !sc.noOwnEcho, SameImage: exists && m.img.equals(r.sentImg)})
+		rec := jRecord{dev: d, key: k, state: jMerged, stamp: tx, ver: tx, old: m.img, img: r.sentImg, op: op, columns: sc.all(), edit: s.top(r.sentImg), first: first}
+		if sc.policy != "" && op == Update {
+			for c := range r.sentImg {
+				if r.sentImg[c].val == r.sentBase[c].val {
+					rec.columns &^= 1 << c
+				}
+			}
+		}
+		if effect == Reject && sc.policy != "" {
+			if effect, _ = sc.resolve(why, clash(op, rec.columns, r.sentBase, r.sentImg, m.img)); effect != Reject {
+				rec.resolved = 1
+			} else if sc.mustTake(s, &rec, m.img) {
+				s.fail(jFalse)
+			}
+		}
 		if sc.atomic {
 			rec.unit = first + 1
 		}
-		if effect == Reject && m.lw == d+1 && rec.img.over&s.refused == 0 { // nobody else wrote, and no edit that it was made over fell
+		if effect == Reject && m.lw == d+1 && rec.img.history()&s.refused == 0 && sc.policy == "" { // nobody else wrote, and no edit that it was made over fell
 			s.fail(jFalse)
 		}
 		effects[len(members)] = effect
@@ -193,7 +242,10 @@ func (sc *jScope) merge(s *jState, d uint8) bool {
 		case Nothing:
 			rec.ver = m.ver
 		default:
-			*m = jMirrorRow{img: rec.img, ver: tx, stamp: tx, lw: d + 1, mver: tx}
+			if rec.resolved != 0 && sc.policy != MergeColumns {
+				s.given |= m.img.unseen(rec.img, rec.columns)
+			}
+			*m = jMirrorRow{img: m.img.with(rec.img, rec.columns), ver: tx, stamp: tx, lw: d + 1, mver: tx}
 			if !rec.img.there() {
 				m.ver, rec.ver = 0, 0
 			}
@@ -212,7 +264,7 @@ func (sc *jScope) merge(s *jState, d uint8) bool {
 // top is the number of the newest write in an image's history.
 func (s *jState) top(i jImage) uint8 {
 	for n := int(s.writes) - 1; n >= 0; n-- {
-		if i.over&(1<<n) != 0 {
+		if i.history()&(1<<n) != 0 {
 			return uint8(n)
 		}
 	}
@@ -245,10 +297,16 @@ func (sc *jScope) compose(s *jState, d uint8) (p jReply) {
 	for i, r := range s.rec[:s.recs] {
 		if r.dev == d && (r.stamp >= dev.cursor || dev.row[r.key].sent && dev.row[r.key].sentImg == r.img) {
 			p.record[i].state, p.record[i].ver = r.state, r.ver
+			if r.resolved&1 != 0 && r.ver != 0 && !sc.tellsVersion {
+				p.record[i].ver |= jNobodys
+			}
 		}
 	}
 	return p
 }
+
+// jNobodys marks a version that no row has: what a device is told that a policy merged.
+const jNobodys uint8 = 0x80
 
 // apply takes a reply over (rules D8 to D10).
 func (sc *jScope) apply(s *jState, d uint8) {
@@ -271,8 +329,11 @@ func (sc *jScope) apply(s *jState, d uint8) {
 				r.dirty, r.simg, r.sver = false, rec.img, v.ver
 			} else {
 				r.bver = v.ver
+				if sc.policy != "" {
+					r.bimg = r.sentImg
+				}
 			}
-			r.sentImg, r.sentBver = jImage{}, 0
+			r.sentImg, r.sentBver, r.sentBase = jImage{}, 0, jImage{}
 			continue
 		}
 		if dev.log[i] == 0 {
@@ -289,7 +350,7 @@ func (sc *jScope) apply(s *jState, d uint8) {
 		if r.live == r.sentImg || sc.dropsEdit {
 			r.live, r.dirty, r.bver = r.simg, false, 0
 		}
-		r.sentImg, r.sentBver = jImage{}, 0
+		r.sentImg, r.sentBver, r.sentBase = jImage{}, 0, jImage{}
 	}
 	for k := range sc.keys {
 		if !p.news[k] {
@@ -306,13 +367,13 @@ func (sc *jScope) apply(s *jState, d uint8) {
 	}
 	for k := range sc.keys {
 		if r := &dev.row[k]; !r.dirty {
-			r.bver = 0
+			r.bver, r.bimg = 0, jImage{}
 		}
 	}
 	var here uint16
 	for k := range sc.keys {
 		if r := &dev.row[k]; r.dirty {
-			here |= r.live.over | r.sentImg.over
+			here |= r.live.history() | r.sentImg.history()
 		}
 	}
 	if dev.owed&^here != 0 {
@@ -327,17 +388,17 @@ func (sc *jScope) foreign(s jState, step func(bool, jState, string, ...any)) {
 		return
 	}
 	for k := range sc.keys {
-		for _, gone := range []bool{false, true} {
-			if gone && (!sc.deletes || !s.source[k].there()) {
-				continue
-			}
+		writes := sc.writes(s.source[k])
+		if sc.deletes && s.source[k].there() {
+			writes = append(writes, 0) // it deletes the row
+		}
+		for _, columns := range writes {
 			t := s
 			t.foreigns++
 			n := t.write(0)
-			img := jImage{1 + n, s.source[k].over | 1<<(n-1)}
-			what := "writes"
-			if gone {
-				img.val, what = 0, "deletes"
+			img, what := sc.image(1+n, n, s.source[k], columns), fmt.Sprintf("writes columns %b of", columns)
+			if columns == 0 {
+				img, what = sc.image(0, n, s.source[k], sc.all()), "deletes"
 			}
 			t.commit(sc.sourceWrite(&t, jEvent{}, k, img))
 			step(false, t, "a foreign transaction %s key%d", what, k)
@@ -347,8 +408,8 @@ func (sc *jScope) foreign(s jState, step func(bool, jState, string, ...any)) {
 		t := s
 		t.foreigns++
 		n := t.write(0)
-		e := sc.sourceWrite(&t, jEvent{}, 0, jImage{0, s.source[0].over | 1<<(n-1)})
-		t.commit(sc.sourceWrite(&t, e, 1, jImage{1 + n, s.source[1].over | 1<<(n-1)}))
+		e := sc.sourceWrite(&t, jEvent{}, 0, sc.image(0, n, s.source[0], sc.all()))
+		t.commit(sc.sourceWrite(&t, e, 1, sc.image(1+n, n, s.source[1], sc.all())))
 		step(false, t, "a foreign transaction moves key0 to key1")
 	}
 }
@@ -367,13 +428,13 @@ func (sc *jScope) sourceWrite(s *jState, e jEvent, key uint8, img jImage) jEvent
 		e.n++
 	}
 	if sc.sameRow && e.own != 0 && img.there() {
-		img.val |= jRewritten
+		img[0].val |= jRewritten
 	}
 	add(key, img)
-	if other := s.source[1]; sc.otherRow && key == 0 && other.there() && other.val&jRewritten == 0 {
-		other.val |= jRewritten
+	if other := s.source[1]; sc.otherRow && key == 0 && other.there() && other[0].val&jRewritten == 0 {
+		other[0].val |= jRewritten
 		if e.own == 0 {
-			other.over |= 1 << (s.writes - 1)
+			other[0].over |= 1 << (s.writes - 1)
 		}
 		add(1, other)
 	}
@@ -417,7 +478,11 @@ func (sc *jScope) upSteps(s jState, step func(bool, jState, string, ...any)) {
 		}
 		c := &s.rec[w.at]
 		b := s.base[c.key]
-		attempt, why := Retry(b.writer, s.onRefused(w.at), int(w.rebases))
+		effect, why := sc.resolve(Source, clash(c.op, c.columns, c.old, c.img, b.img))
+		attempt, why := Reconsider(b.writer, s.onRefused(w.at), int(w.rebases), effect, why)
+		if attempt == Rebase && Met(b.writer, s.onRefused(w.at), int(w.rebases)) {
+			t.rec[w.at].resolved |= 2
+		}
 		if !c.img.there() && !b.img.there() && w.rebases < MaxRebases {
 			attempt = Rebase // what it wants is so already, whoever did it
 		}
@@ -428,7 +493,7 @@ func (sc *jScope) upSteps(s jState, step func(bool, jState, string, ...any)) {
 			step(true, t, "up rebases %d", w.at)
 			return
 		}
-		if !s.caused(c.img, b.img) && !s.caused(c.img, s.source[c.key]) && !s.onRefused(w.at) {
+		if !s.caused(c.img, b.img) && !s.caused(c.img, s.source[c.key]) && !s.onRefused(w.at) || !s.onRefused(w.at) && sc.mustTake(&s, c, b.img) {
 			t.fail(jFalse)
 		}
 		sc.refuse(&t, w.next, w.at, end)
@@ -460,21 +525,23 @@ func (sc *jScope) upSteps(s jState, step func(bool, jState, string, ...any)) {
 		if sc.comparesLate {
 			now = t.source[c.key]
 		}
-		if now.val != expect.val && (now.there() || c.img.there()) && !sc.blind {
+		if !now.equals(expect) && (now.there() || c.img.there()) && !sc.blind {
 			x := s
 			x.up.missed, x.up.at, x.up.wait = true, i, s.logs
 			step(true, x, "up misses %d", i)
 			return
 		}
-		if now.there() && now.over&^c.img.over != 0 {
-			t.fail(jOverwrite)
+		if unseen := now.unseen(c.img, c.columns) &^ t.given; unseen != 0 {
+			if now.there() && (c.resolved == 0 || sc.policy == MergeColumns) {
+				t.fail(jOverwrite)
+			}
+			t.given |= unseen
 		}
 		if s.applied&(1<<i) != 0 {
 			t.fail(jDouble)
 		}
 		t.applied |= 1 << i
-		img := c.img
-		img.over |= now.over
+		img := now.with(c.img, c.columns).over(now)
 		e = sc.sourceWrite(&t, e, c.key, img)
 	}
 	t.up = jUp{next: end}
@@ -485,7 +552,10 @@ func (sc *jScope) upSteps(s jState, step func(bool, jState, string, ...any)) {
 // onRefused tells whether a record was made on top of one that was refused.
 func (s *jState) onRefused(i uint8) bool {
 	c := &s.rec[i]
-	return slices.ContainsFunc(s.rec[:i], func(r jRecord) bool { return r.key == c.key && r.state == jRefused && r.img.val == c.old.val })
+	if s.base[c.key].refused {
+		return true
+	}
+	return slices.ContainsFunc(s.rec[:i], func(r jRecord) bool { return r.key == c.key && r.state == jRefused && r.img.equals(c.old) })
 }
 
 // refuse ends record at, and those that fall with it.
@@ -525,6 +595,9 @@ func (sc *jScope) verdict(s *jState, i uint8, state jState8) {
 	r := &s.rec[i]
 	r.state, r.stamp = state, s.tx
 	if Route(s.pending(r.key)) {
+		if sc.policy != "" {
+			s.base[r.key].refused = s.base[r.key].refused || state == jRefused
+		}
 		return
 	}
 	b, m := s.base[r.key], &s.mirror[r.key]
@@ -536,7 +609,7 @@ func (sc *jScope) verdict(s *jState, i uint8, state jState8) {
 	if sc.keepsRefused && state == jRefused {
 		return
 	}
-	if Settle(state == jApplied, b.img.val == m.img.val, writer) == Keep {
+	if Settle(state == jApplied, b.img.equals(m.img), writer) == Keep {
 		m.img = b.img // equal, with its ghost
 		return
 	}
@@ -557,6 +630,9 @@ func (sc *jScope) down(s *jState, e jEvent) {
 		for j, r := range s.rec[:s.recs] {
 			if e.own&(1<<j) != 0 && r.key == k {
 				lw, mver = r.dev+1, r.ver
+				if r.resolved&2 != 0 && !sc.keepsAuthor {
+					lw, mver = 0, 0
+				}
 			}
 		}
 		if Route(s.pending(k)) && !sc.ignoresPending {
@@ -564,11 +640,11 @@ func (sc *jScope) down(s *jState, e jEvent) {
 			if sc.lastWriter && e.own != 0 {
 				w = Own
 			}
-			s.base[k] = jBase{has: true, img: e.imgs[i], writer: w, lw: lw, mver: mver}
+			s.base[k] = jBase{has: true, img: e.imgs[i], writer: w, lw: lw, mver: mver, refused: s.base[k].refused}
 			continue
 		}
 		m := &s.mirror[k]
-		if m.img.val == e.imgs[i].val {
+		if m.img.equals(e.imgs[i]) {
 			m.img = e.imgs[i]
 			continue
 		}
@@ -591,7 +667,7 @@ func (e jEvent) String() string {
 		s = fmt.Sprintf("own %b", e.own)
 	}
 	for i := range e.n {
-		s += fmt.Sprintf(" key%d=%d", e.keys[i], e.imgs[i].val)
+		s += fmt.Sprintf(" key%d=%v", e.keys[i], e.imgs[i])
 	}
 	return s
 }

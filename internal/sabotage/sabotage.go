@@ -33,8 +33,10 @@ const (
 	TornSnapshot  Bug = "torn-snapshot"   // reply reads without a snapshot (I6)
 	DropLater     Bug = "drop-later-edit" // the device forgets an edit made after the one that was refused (D9, I1)
 	MoveBase      Bug = "move-base"       // the device moves a dirty row's base version to what the server sent (D10, I3)
+	MergeColumns  Bug = "merge-columns"   // the policy columns merges although both have changed the same column (I3)
+	MergeVersion  Bug = "merge-version"   // a device is told the row's version for what a policy merged with others' work (D3, I3)
 )
 
 // All lists the bugs.
 var All = []Bug{AckEarly, SkipEchoes, ForgetPending, CompareKey, CompareEqual, DropFence, IgnoreAgain, LeakKey, SkipTombstone, OffByOne, HalfPage,
-	LogTwice, SwallowBad, KeepRefused, MergeStale, IgnoreGap, TornSnapshot, DropLater, MoveBase}
+	LogTwice, SwallowBad, KeepRefused, MergeStale, IgnoreGap, TornSnapshot, DropLater, MoveBase, MergeColumns, MergeVersion}

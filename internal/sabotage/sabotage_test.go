@@ -35,6 +35,8 @@ var catches = map[Bug]struct{ folder, test string }{
 	TornSnapshot:  {"stages", "TestStages/one_snapshot"},
 	DropLater:     {"device", "TestEditDuringASync"},
 	MoveBase:      {"device", "TestEditDuringASync"},
+	MergeColumns:  {"conflict", "TestPolicyResolves"},
+	MergeVersion:  {"stages", "TestPolicies/edit_on_top_of_a_merged_one"},
 }
 
 // TestEveryBugIsCaught runs each bug's test with and without the bug: it must fail with it, and pass without.
