@@ -55,7 +55,14 @@ const (
 	CodeDependency Code = "dependency_rejected" // the change was made on top of a change that was itself refused
 )
 
+// Rejections and refusals by the SQL function that a subscription names for conflicts.
+const (
+	CodeFunctionRefused Code = "function_refused" // it raised an error; Detail is its message
+	CodeFunctionFailed  Code = "function_failed"  // it failed, took too long, or gave what is no row of the table
+)
+
 // Rejections and refusals of a record that has no fault of its own, by the merge or by the source.
 const (
+	CodeYields      Code = "source_wins"          // the subscription's conflict policy is source: what stands there wins
 	CodeTransaction Code = "transaction_rejected" // another record of the same atomic device transaction failed; Detail names it
 )

@@ -86,6 +86,7 @@ func drawPage(t *rapid.T) *Page {
 				Incarnation: text(t, "incarnation"), N: rapid.Int64().Draw(t, "n"), Index: rapid.IntRange(0, 1<<30).Draw(t, "index"),
 				Table: text(t, "table"), Key: values(t, "key"), State: text(t, "state"), Version: text(t, "version"),
 				Code: Code(text(t, "code")), Detail: text(t, "detail"), Constraint: text(t, "constraint"), ID: rapid.Int64().Draw(t, "id"),
+				Policy: text(t, "policy"),
 			}
 		}),
 	}

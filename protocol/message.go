@@ -125,11 +125,12 @@ type Verdict struct {
 	Table       string  `cbor:"4,keyasint" json:"table"`
 	Key         []Value `cbor:"5,keyasint" json:"key"`
 	State       string  `cbor:"6,keyasint" json:"state"`
-	Version     string  `cbor:"7,keyasint,omitempty" json:"version,omitempty"` // Merged: version given to the row; empty after a delete
+	Version     string  `cbor:"7,keyasint,omitempty" json:"version,omitempty"` // Merged: version given to the row, or one that no row has; empty after a delete
 	Code        Code    `cbor:"8,keyasint,omitempty" json:"code,omitempty"`
 	Detail      string  `cbor:"9,keyasint,omitempty" json:"detail,omitempty"` // one sentence for a person; for source refusals the database's own words
 	Constraint  string  `cbor:"10,keyasint,omitempty" json:"constraint,omitempty"`
-	ID          int64   `cbor:"11,keyasint,omitempty" json:"id,omitempty"` // number of the record in the server's log
+	ID          int64   `cbor:"11,keyasint,omitempty" json:"id,omitempty"`     // number of the record in the server's log
+	Policy      string  `cbor:"12,keyasint,omitempty" json:"policy,omitempty"` // Merged, Applied: the conflict policy that took it although somebody else had changed the row
 }
 
 // Definitions describe the tables of one subscription set to the device.

@@ -91,7 +91,7 @@ func vectors(testing.TB) []vector {
 		{Incarnation: inc, N: 2, Index: 0, Table: "care.visit", Key: []Value{val(id)}, State: Merged, Version: "755", ID: 9001},
 		{Incarnation: inc, N: 2, Index: 1, Table: "care.visit", Key: []Value{val("2")}, State: Rejected, Code: CodeStale, Detail: "the row was changed at the source since version 711", ID: 9002},
 		{Incarnation: inc, N: 1, Index: 4, Table: "care.visit", Key: []Value{val("9")}, State: Refused, Code: CodeConstraint, Detail: `new row for relation "visit" violates check constraint "visit_weight_check"`, Constraint: "visit_weight_check", ID: 8977},
-		{Incarnation: inc, N: 1, Index: 5, Table: "care.visit", Key: []Value{val("10")}, State: Applied, ID: 8978},
+		{Incarnation: inc, N: 1, Index: 5, Table: "care.visit", Key: []Value{val("10")}, State: Applied, ID: 8978, Policy: "columns"},
 	}
 	sums, rows := req(3), req(4)
 	sums.Cursor, sums.Verify = "e1.760.1c", &Verification{Buckets: 4}

@@ -143,11 +143,16 @@ func (c *checker) key(s *Subscription, t *Table) {
 // checkTimeout bounds planning of one rows query, seconds.
 const checkTimeout = 10 * time.Second
 
-// CheckLive has the mirror itself check every rows query: prepared and planned as role [ReaderRole] in a read only
+// CheckLive has the mirror itself check conflict functions and every rows query: these are prepared and planned as role [ReaderRole] in a read only
 // transaction, by the extended protocol, which takes a single statement. The mirror tables must exist.
 func (d *Definitions) CheckLive(ctx context.Context, conn Beginner) ([]Problem, error) {
 	c := &checker{d: d}
 	for _, s := range d.Subscriptions {
+		if s.Conflict == ConflictFunction {
+			if err := c.function(ctx, conn, s); err != nil {
+				return nil, fmt.Errorf("check the conflict function of subscription %s: %w", s.Name, err)
+			}
+		}
 		if s.Key == "" || s.rows == nil || s.keyType == "" {
 			continue
 		}

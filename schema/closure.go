@@ -206,13 +206,15 @@ func Members(ctx context.Context, q Querier) ([]Member, error) {
 
 // standIn makes empty tables for those that the mirror does not have.
 func standIn(ctx context.Context, tx pgx.Tx, tables []*Table) error {
-	var reader bool
-	if err := tx.QueryRow(ctx, "SELECT EXISTS (SELECT 1 FROM pg_roles WHERE rolname = $1)", ReaderRole).Scan(&reader); err != nil {
-		return err
-	}
 	var run []string
-	if !reader {
-		run = append(run, "CREATE ROLE "+ReaderRole+" NOLOGIN NOINHERIT", "GRANT "+ReaderRole+" TO CURRENT_USER")
+	for _, role := range []string{ReaderRole, DeciderRole} {
+		var there bool
+		if err := tx.QueryRow(ctx, "SELECT EXISTS (SELECT 1 FROM pg_roles WHERE rolname = $1)", role).Scan(&there); err != nil {
+			return err
+		}
+		if !there {
+			run = append(run, "CREATE ROLE "+role+" NOLOGIN NOINHERIT", "GRANT "+role+" TO CURRENT_USER")
+		}
 	}
 	schemas := map[string]bool{}
 	for _, t := range tables {

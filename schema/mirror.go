@@ -29,12 +29,17 @@ func EnsureMirror(ctx context.Context, conn *pgx.Conn, tables []*Table, d *Defin
 
 // ensureMirror leaves the subset indexes for later when a bulk copy comes first.
 func ensureMirror(ctx context.Context, conn *pgx.Conn, tables []*Table, d *Definitions, indexes bool) error {
-	if err := ensureReader(ctx, conn); err != nil {
-		return fmt.Errorf("role %s: %w", ReaderRole, err)
+	for _, role := range []string{ReaderRole, DeciderRole} {
+		if err := ensureRole(ctx, conn, role); err != nil {
+			return fmt.Errorf("role %s: %w", role, err)
+		}
 	}
 	err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock($1, $2)", lockClass, lockDDL); err != nil {
 			return err
+		}
+		if err := ensureDecide(ctx, tx); err != nil {
+			return fmt.Errorf("waystage.decide: %w", err)
 		}
 		var problems []Problem
 		for _, t := range tables {
@@ -53,28 +58,28 @@ func ensureMirror(ctx context.Context, conn *pgx.Conn, tables []*Table, d *Defin
 	return nil
 }
 
-// ensureReader makes the role, which all databases of a server share, and lets us act as it.
-func ensureReader(ctx context.Context, conn *pgx.Conn) error {
+// ensureRole makes a role, which all databases of a server share, and lets us act as it.
+func ensureRole(ctx context.Context, conn *pgx.Conn, role string) error {
 	for attempt := 0; ; attempt++ {
 		var exists, member bool
 		err := conn.QueryRow(ctx, `SELECT r.oid IS NOT NULL, coalesce(pg_has_role(current_user, r.oid, 'MEMBER'), false)
-			FROM (SELECT 1) one LEFT JOIN pg_roles r ON r.rolname = $1`, ReaderRole).Scan(&exists, &member)
+			FROM (SELECT 1) one LEFT JOIN pg_roles r ON r.rolname = $1`, role).Scan(&exists, &member)
 		if err != nil {
 			return err
 		}
 		switch {
 		case !exists:
-			_, err = conn.Exec(ctx, "CREATE ROLE "+ReaderRole+" NOLOGIN NOINHERIT")
+			_, err = conn.Exec(ctx, "CREATE ROLE "+role+" NOLOGIN NOINHERIT")
 		case !member:
-			_, err = conn.Exec(ctx, "GRANT "+ReaderRole+" TO CURRENT_USER")
+			_, err = conn.Exec(ctx, "GRANT "+role+" TO CURRENT_USER")
 		default:
 			return nil
 		}
 		switch {
 		case err == nil:
 		case pgerr.Is(err, "42501", "0LP01"):
-			return &ProblemsError{[]Problem{{Message: "the mirror's user may not create the role " + ReaderRole + " or become a member of it",
-				Remedy: "run at the mirror as an administrator: CREATE ROLE " + ReaderRole + " NOLOGIN; GRANT " + ReaderRole + " TO " + Quote(conn.Config().User)}}}
+			return &ProblemsError{[]Problem{{Message: "the mirror's user may not create the role " + role + " or become a member of it",
+				Remedy: "run at the mirror as an administrator: CREATE ROLE " + role + " NOLOGIN; GRANT " + role + " TO " + Quote(conn.Config().User)}}}
 		case pgerr.Is(err, "42710", "23505", "XX000", "42704") && attempt < 20: // another installation on the same server at the same moment
 		default:
 			return err

@@ -36,6 +36,8 @@ func RolesScript(sourceRole, sourceDatabase, mirrorRole, mirrorDatabase string, 
 	p("CREATE ROLE %s LOGIN REPLICATION;", mirror)
 	p("CREATE ROLE %s NOLOGIN NOINHERIT;", ReaderRole)
 	p("GRANT %s TO %s;", ReaderRole, mirror)
+	p("CREATE ROLE %s NOLOGIN NOINHERIT;", DeciderRole)
+	p("GRANT %s TO %s;", DeciderRole, mirror)
 	p("CREATE DATABASE %s OWNER %s TEMPLATE template0 ENCODING 'UTF8';", Quote(mirrorDatabase), mirror)
 	return b.String()
 }

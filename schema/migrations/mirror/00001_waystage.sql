@@ -170,11 +170,16 @@ CREATE TABLE waystage.change (
     -- The catalogue of reasons is closed: docs/rejects.md has them all.
     code        text CHECK (code IN ('stale_version', 'row_deleted', 'row_exists', 'unknown_table', 'unknown_column', 'invalid_value', 'missing_key',
         'key_change', 'not_subscribed', 'operation_not_allowed', 'duplicate_row', 'row_too_big', 'invalid_record',
-        'source_constraint', 'source_trigger', 'source_conflict', 'source_value', 'source_permission', 'dependency_rejected', 'transaction_rejected', 'schema_changed', 'epoch')),
+        'source_constraint', 'source_trigger', 'source_conflict', 'source_value', 'source_permission', 'dependency_rejected', 'transaction_rejected', 'schema_changed', 'epoch',
+        'source_wins', 'function_refused', 'function_failed')),
     detail      text,
     constraint_name text,
-    winner      text,                           -- who wrote what stood there: 'source' or 'user/device'
+    winner      text,                           -- rejected, or resolved: who wrote what stood there, 'source' or 'user/device'
     unit        bigint NOT NULL DEFAULT 0,      -- as in staging: records of a session with the same unit other than 0 have one fate
+    -- Conflict policies (docs/conflicts.md). policy: what counts for the record, {policy, function, key: the subset key column}; null: reject.
+    -- resolved: what it did, {merge: {policy, sent: the device's image where img is another}, source: {policy, stood, wrote}}; null: nothing.
+    policy      jsonb,
+    resolved    jsonb,
     created_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
     decided_at  timestamptz,
     source_end  pg_lsn,                         -- applied: end of the source's transaction that has it
@@ -202,7 +207,7 @@ CREATE INDEX ON waystage.reject_action (record, id);
 CREATE INDEX ON waystage.reject_action (session_id, idx);
 
 -- The log of rejected records as operators see it. status: retried while the last retry stands (on its way or applied), discarded
--- while the last action says so, superseded when the record is itself a retry, or when the same device has since got through
+-- while the last action says so, settled when the conflict policy dropped it, superseded when the record is itself a retry, or when the same device has since got through
 -- a change of the same row and columns; else open.
 CREATE VIEW waystage.reject AS
 SELECT c.id, c.decided_at AS at, coalesce(d.user_name, '') AS user_name, coalesce(d.name, '') AS device_name,
@@ -216,6 +221,7 @@ SELECT c.id, c.decided_at AS at, coalesce(d.user_name, '') AS user_name, coalesc
         WHEN EXISTS (SELECT FROM waystage.change l WHERE l.device_id = c.device_id AND l.stamp > c.stamp AND l.id > c.id
             AND l.tbl = c.tbl AND l.key = c.key AND l.state IN ('merged', 'applied')
             AND (l.op = 'D' OR c.op <> 'D' AND l.img ?& ARRAY(SELECT jsonb_object_keys(c.img)))) THEN 'superseded'
+        WHEN c.code = 'source_wins' THEN 'settled'
         ELSE 'open'
     END AS status
 FROM waystage.change c
