@@ -16,6 +16,7 @@ type tableSQL struct {
 
 	facts      string // $1 sessions
 	factsOf    string // $1 sessions, $2 indexes: of these records only
+	clashes    string // what conflict policies need; $1 sessions, $2 indexes
 	change     string // the ledger's rows
 	insert     string
 	update     string
@@ -98,19 +99,38 @@ LEFT JOIN %s m ON %s`, t.Ident(), on)
 	JOIN waystage.staging s ON s.tbl = %d AND s.session_id = d.sid AND s.idx = d.idx WHERE s.bad_code IS NULL OFFSET 0) s`, t.ID)
 	q.factsOf = selectFacts + "\nFROM " + records + rest + "\nORDER BY s.session_id, s.idx"
 
+	changes := func(c schema.Column) string { return "s.img ? " + schema.Literal(c.Name) }
+	base := func(c schema.Column) string { return value("base", c) }
+	mine := func(c schema.Column) string { return value("img", c) }
+	stands := func(c schema.Column) string { return "m." + schema.Quote(c.Name) }
+	both := func(c schema.Column) string { return changes(c) + " AND s.base ? " + schema.Literal(c.Name) }
+	q.clashes = fmt.Sprintf(`SELECT s.session_id, s.idx, coalesce(s.base ?& ARRAY(SELECT jsonb_object_keys(s.img)), false),
+	CASE WHEN s.op = 'U' AND m._ws_version IS NOT NULL THEN %s ELSE '{}' END,
+	CASE WHEN s.op = 'U' THEN %s ELSE '{}' END,
+	s.img::text, s.base::text, CASE WHEN m._ws_version IS NOT NULL THEN jsonb_object(ARRAY[%s]::text[], ARRAY[%s]::text[])::text END,
+	CASE s.op WHEN 'D' THEN 'null' ELSE (coalesce(s.base, '{}') || s.img)::text END,
+	jsonb_build_object('at', 'merge', 'table', s.tname, 'op', s.op, 'key', s.key, 'user', e.user_name, 'device', e.device_name,
+		'attributes', coalesce((SELECT u.attributes FROM waystage.app_user u WHERE u.name = e.user_name), '{}'),
+		'received_at', e.received_at, 'stood_by', CASE WHEN m._ws_version IS NOT NULL THEN coalesce(
+			(SELECT v.user_name || '/' || v.name FROM waystage.incarnation i JOIN waystage.device v ON v.id = i.device_id WHERE i.id = m._ws_lw), 'source') END)::text
+FROM %s%s
+ORDER BY s.session_id, s.idx`, t.Overlap(changes, base, stands, mine), t.Idle(both, base, mine), strings.Join(names, ", "), strings.Join(texts, ", "), records, rest)
+
 	q.change = fmt.Sprintf(`INSERT INTO waystage.change (session_id, idx, device_id, incarnation, n, tbl, tname, op, key, state, stamp, version, bver,
-	base, img, unit, old, old_version, old_lw, old_mver, code, detail, winner, decided_at)
+	base, img, unit, old, old_version, old_lw, old_mver, code, detail, policy, resolved, winner, decided_at)
 SELECT s.session_id, s.idx, e.device_id, e.incarnation, e.n, s.tbl, s.tname, s.op, ARRAY[%s]::text[], s.state, $7::bigint, s.version, s.bver,
 	s.base, s.img, s.unit, CASE WHEN m._ws_version IS NOT NULL THEN jsonb_object(ARRAY[%s]::text[], ARRAY[%s]::text[]) END,
 	coalesce(m._ws_version, 0), m._ws_lw, coalesce(m._ws_mver, 0), nullif(s.code, ''), nullif(s.detail, ''),
-	CASE WHEN s.state = 'rejected' THEN CASE
+	nullif(s.policy, '')::jsonb, nullif(s.resolved, '')::jsonb,
+	CASE WHEN s.state = 'rejected' OR s.resolved <> '' THEN CASE
 		WHEN m._ws_version IS NULL THEN (SELECT v.user_name || '/' || v.name FROM waystage.change c JOIN waystage.device v ON v.id = c.device_id
 			WHERE c.tbl = s.tbl AND c.key = ARRAY[%s]::text[] AND c.state = 'merged' AND c.op = 'D' ORDER BY c.id DESC LIMIT 1)
 		ELSE coalesce((SELECT v.user_name || '/' || v.name FROM waystage.incarnation i JOIN waystage.device v ON v.id = i.device_id WHERE i.id = m._ws_lw), 'source')
 	END END,
 	CASE WHEN s.state = 'rejected' THEN clock_timestamp() END
-FROM (SELECT d.state, d.version, d.code, d.detail, d.ord, s.* FROM unnest($1::bigint[], $2::int[], $3::text[], $4::bigint[], $5::text[], $6::text[])
-		WITH ORDINALITY AS d(sid, idx, state, version, code, detail, ord)
+FROM (SELECT d.state, d.version, d.code, d.detail, d.policy, d.resolved, d.ord, s.*
+	FROM unnest($1::bigint[], $2::int[], $3::text[], $4::bigint[], $5::text[], $6::text[], $8::text[], $9::text[])
+		WITH ORDINALITY AS d(sid, idx, state, version, code, detail, policy, resolved, ord)
 	JOIN waystage.staging s ON s.tbl = %d AND s.session_id = d.sid AND s.idx = d.idx OFFSET 0) s%s
 ORDER BY s.ord`, strings.Join(real, ", "), strings.Join(names, ", "), strings.Join(texts, ", "), strings.Join(canon, ", "), t.ID, rest)
 

@@ -38,6 +38,11 @@ type decision struct {
 	code    protocol.Code
 	detail  string
 	version int64
+
+	policy   conflict.Policy // that may decide otherwise; empty: none
+	asked    bool            // it has
+	merged   bool            // and took the record
+	resolved string          // for the ledger
 }
 
 // table merges the records of one table. A value that does not fit its column fails the whole statement; then the
@@ -144,6 +149,7 @@ func (b *mergeBatch) try(q *tableSQL, list []recordID) (err error) {
 // what follows on that key waits for the next round, which reads the facts anew. What follows on a key whose records
 // changed nothing needs no new round.
 func (b *mergeBatch) rounds(q *tableSQL, list []recordID, codes map[string]int, undo *[]func()) error {
+	var later waiting
 	for round := 1; ; round++ {
 		facts, err := b.facts(q, list, round == 1)
 		if err != nil || len(facts) == 0 {
@@ -153,7 +159,22 @@ func (b *mergeBatch) rounds(q *tableSQL, list []recordID, codes map[string]int, 
 		if err != nil {
 			return err
 		}
-		list = nil
+		first, clashing, asked := map[string]bool{}, []int(nil), map[string]bool{}
+		judged := make([]decision, len(facts))
+		for i := range facts {
+			f := &facts[i]
+			judged[i] = b.decide(q, f, allowed)
+			if judged[i].policy != "" && !first[f.key] {
+				clashing = append(clashing, i)
+			}
+			asked[f.key] = asked[f.key] || judged[i].policy != ""
+			first[f.key] = first[f.key] || judged[i].policy != "" || judged[i].writes()
+		}
+		if len(clashing) > 0 {
+			if err := b.resolve(q, facts, judged, clashing); err != nil {
+				return err
+			}
+		}
 		changed := map[string]bool{}
 		decisions := make([]decision, 0, len(facts))
 		for i := range facts {
@@ -168,23 +189,31 @@ func (b *mergeBatch) rounds(q *tableSQL, list []recordID, codes map[string]int, 
 				s.seen[id] = f.idx
 				*undo = append(*undo, func() { delete(s.seen, id) })
 			}
-			if changed[f.key] {
-				list = append(list, recordID{f.session, f.idx})
+			d := judged[i]
+			if changed[f.key] || d.policy != "" && !d.asked {
+				later = append(later, waitingRecord{recordID{f.session, f.idx}, f.key})
+				changed[f.key] = true
 				continue
 			}
-			d := b.decide(q, f, allowed)
+			if d.merged && d.effect != conflict.Remove {
+				d.version = b.stamp
+			}
 			decisions = append(decisions, d)
-			if d.effect == conflict.Create || d.effect == conflict.Change || d.effect == conflict.Remove {
+			if d.writes() {
 				changed[f.key] = true
 			}
 		}
 		if err := b.apply(q, decisions, codes); err != nil {
 			return err
 		}
-		if len(list) == 0 {
+		if list, later = later.due(asked); len(list) == 0 {
 			return nil
 		}
 	}
+}
+
+func (d *decision) writes() bool {
+	return d.effect == conflict.Create || d.effect == conflict.Change || d.effect == conflict.Remove
 }
 
 // facts reads what rule D3 needs. A round after the first, and a part of the table, name their records.
@@ -194,10 +223,7 @@ func (b *mergeBatch) facts(q *tableSQL, list []recordID, first bool) ([]fact, er
 	if first && list == nil {
 		rows, err = b.tx.Query(b.ctx, q.facts, b.ids)
 	} else {
-		sessions, idx := make([]int64, len(list)), make([]int, len(list))
-		for i, r := range list {
-			sessions[i], idx[i] = r.session, r.idx
-		}
+		sessions, idx := columnsOf(list)
 		rows, err = b.tx.Query(b.ctx, q.factsOf, sessions, idx)
 	}
 	if err != nil {
@@ -248,6 +274,11 @@ func (b *mergeBatch) decide(q *tableSQL, f *fact, allowed map[pair]bool) decisio
 	switch effect {
 	case conflict.Reject:
 		d.code, d.detail = protocol.Code(reason), reasons[reason]
+		if sub != nil && s.user != protocol.OperatorUser {
+			if p, _ := sub.policyOf(f.op); p != conflict.RejectClash {
+				d.policy = p
+			}
+		}
 	case conflict.Create, conflict.Change:
 		d.version = b.stamp
 	case conflict.Nothing:
@@ -262,6 +293,10 @@ var reasons = map[conflict.Reason]string{
 	conflict.Stale:      "the row has changed since the version that the edit was made on",
 	conflict.RowDeleted: "the row that was edited no longer exists",
 	conflict.RowExists:  "another row with this key exists already",
+
+	conflict.Yields:          "what stands there wins",
+	conflict.FunctionRefuses: "the function that decides about conflicts refused the change",
+	conflict.FunctionFails:   "the function that decides about conflicts failed",
 }
 
 // apply writes the decisions: the ledger first, which keeps the old images, then the mirror rows.
@@ -272,6 +307,7 @@ func (b *mergeBatch) apply(q *tableSQL, decisions []decision, codes map[string]i
 	}
 	sessions, idx, versions := make([]int64, n), make([]int, n), make([]int64, n)
 	states, why, details := make([]string, n), make([]string, n), make([]string, n)
+	policies, resolved := make([]string, n), make([]string, n)
 	var bySession [conflict.Nothing + 1][]int64
 	var byIdx [conflict.Nothing + 1][]int
 	for i, d := range decisions {
@@ -284,11 +320,17 @@ func (b *mergeBatch) apply(q *tableSQL, decisions []decision, codes map[string]i
 			continue
 		}
 		states[i] = protocol.Merged
+		resolved[i] = d.resolved
+		if s := b.sessions[d.fact.session]; s.user != protocol.OperatorUser {
+			if sub := b.cat.subscription(s.set, q.table.FullName()); sub != nil {
+				_, policies[i] = sub.policyOf(d.fact.op)
+			}
+		}
 		b.merged++
 		bySession[d.effect], byIdx[d.effect] = append(bySession[d.effect], d.fact.session), append(byIdx[d.effect], d.fact.idx)
 	}
 	batch := &pgx.Batch{}
-	batch.Queue(q.change, sessions, idx, states, versions, why, details, b.stamp)
+	batch.Queue(q.change, sessions, idx, states, versions, why, details, b.stamp, policies, resolved)
 	check := func(e conflict.Effect, sql string, args ...any) {
 		want := int64(len(byIdx[e]))
 		if want == 0 {

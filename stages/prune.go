@@ -92,7 +92,7 @@ func (p *Pruner) Prune(ctx context.Context) (n Pruned, err error) {
 		DELETE FROM waystage.change WHERE id IN (
 			SELECT c.id FROM waystage.change c JOIN waystage.reject r ON r.id = c.id
 			WHERE c.state IN ('rejected', 'refused') AND c.decided_at < now() - least($2::interval, $3::interval) AND CASE
-				WHEN r.status = 'discarded' OR r.status = 'retried' AND EXISTS (SELECT FROM waystage.reject_action a
+				WHEN r.status IN ('discarded', 'settled') OR r.status = 'retried' AND EXISTS (SELECT FROM waystage.reject_action a
 						JOIN waystage.change n ON n.session_id = a.session_id AND n.idx = a.idx WHERE a.record = c.id AND n.state = 'applied')
 					THEN (SELECT max(a.at) FROM waystage.reject_action a WHERE a.record = c.id) < now() - $3::interval
 				ELSE r.status <> 'retried' AND c.decided_at < now() - $2::interval END

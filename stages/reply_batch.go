@@ -369,6 +369,10 @@ func (s *session) keysChanged() bool {
 	return slices.ContainsFunc(s.tables, func(t subset) bool { return t.sub.Key != "" && t.keyset == 0 })
 }
 
+// nobodysVersion is set in the version that a device is told for what a policy merged with others' work: no row has such a version. What
+// the device sent is not what the row is, so its next edit on top of that must be judged by its base image.
+const nobodysVersion = 1 << 62
+
 // verdicts reads what is told of the sessions' records, and of earlier ones (rule D5), in the rows' snapshot; and, for
 // those that get everything, about how much that is.
 func (b *replyBatch) verdicts() error {
@@ -385,10 +389,13 @@ func (b *replyBatch) verdicts() error {
 			for rows.Next() {
 				var v protocol.Verdict
 				var version int64
-				var own bool
-				err := rows.Scan(&v.Incarnation, &v.N, &v.Index, &v.Table, &v.Key, &v.State, &version, &v.Code, &v.Detail, &v.Constraint, &v.ID, &own)
+				var own, merged bool
+				err := rows.Scan(&v.Incarnation, &v.N, &v.Index, &v.Table, &v.Key, &v.State, &version, &v.Code, &v.Detail, &v.Constraint, &v.ID, &own, &merged, &v.Policy)
 				if err != nil {
 					return err
+				}
+				if merged && version != 0 && !sabotage.On(sabotage.MergeVersion) {
+					version |= nobodysVersion
 				}
 				if version != 0 && (v.State == protocol.Merged || v.State == protocol.Applied) {
 					v.Version = strconv.FormatInt(version, 10)

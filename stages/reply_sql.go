@@ -118,7 +118,8 @@ var newVerdictsSQL = "SELECT EXISTS (SELECT FROM waystage.change c WHERE c.devic
 // the device's incarnations: what a restored file's earlier life had merged may still be refused by the source. stamp + 0 keeps the planner from reading all older stamps in the index.
 const verdictsSQL = `
 SELECT v.incarnation, v.n, v.idx, v.tname, v.key, v.state, v.version, coalesce(v.code, ''), coalesce(v.detail, ''),
-	coalesce(v.constraint_name, ''), v.id, v.session_id = $3
+	coalesce(v.constraint_name, ''), v.id, v.session_id = $3, coalesce(v.resolved ? 'merge', false),
+	coalesce(v.resolved->'source'->>'policy', v.resolved->'merge'->>'policy', '')
 FROM (
 	SELECT * FROM waystage.change WHERE device_id = $1 AND stamp >= $2
 	UNION ALL

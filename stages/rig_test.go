@@ -176,6 +176,19 @@ func newRigOf(t testing.TB, ddl, defs string) *rig {
 	return r
 }
 
+// catalogOf is the catalog of other definitions of the same tables.
+func (r *rig) catalogOf(defs string) *Catalog {
+	r.t.Helper()
+	d, problems := schema.ParseDefinitions("test.yaml", []byte(defs))
+	if d == nil {
+		r.t.Fatal(problems)
+	}
+	if _, err := schema.Refusing(append(problems, d.Check(r.tables)...)); err != nil {
+		r.t.Fatal(err)
+	}
+	return NewCatalog("e1", d, r.tables)
+}
+
 // reset empties the mirror for the next scenario; making a new one costs more.
 func (r *rig) reset(t *testing.T) *rig {
 	t.Helper()
