@@ -422,7 +422,8 @@ func (b *batch) decide(ctx context.Context) (map[int]map[string]*verdict, error)
 		var tbl int
 		var key []string
 		var inc string
-		_, err = pgx.ForEachRow(rows, []any{&id, &tbl, &key, &inc, &version}, func() error {
+		var resolved bool
+		_, err = pgx.ForEachRow(rows, []any{&id, &tbl, &key, &inc, &version, &resolved}, func() error {
 			k, o := keyID(key), of[id]
 			at := authorKey(tbl, k)
 			if latest[o] == nil {
@@ -432,6 +433,9 @@ func (b *batch) decide(ctx context.Context) (map[int]map[string]*verdict, error)
 				latest[o][at] = id
 				lw := strings.Clone(inc)
 				o.authors[at] = author{&lw, version}
+				if resolved { // it holds what the device has not seen: to devices it is the source's image (docs/adr/0010-conflict-policies.md)
+					o.authors[at] = author{}
+				}
 			}
 			if !accept {
 				return nil
@@ -453,13 +457,13 @@ func (b *batch) decide(ctx context.Context) (map[int]map[string]*verdict, error)
 	err := learn(`UPDATE waystage.change c SET state = 'applied', stamp = pg_current_xact_id()::text::bigint, decided_at = clock_timestamp(),
 			source_end = u.source_end::pg_lsn, source_at = u.source_at
 		FROM unnest($1::bigint[], $2::text[], $3::timestamptz[]) AS u(id, source_end, source_at)
-		WHERE c.id = u.id AND c.state = 'merged' RETURNING c.id, c.tbl, c.key, c.incarnation, c.version`, b.verdicts, true)
+		WHERE c.id = u.id AND c.state = 'merged' RETURNING c.id, c.tbl, c.key, c.incarnation, c.version, coalesce(c.resolved ? 'source', false)`, b.verdicts, true)
 	if err != nil {
 		return nil, fmt.Errorf("write verdicts: %w", err)
 	}
 	if b.cur != nil {
 		// A large transaction of ours, of which more rows will come: its verdicts wait for its end.
-		err := learn("SELECT id, tbl, key, incarnation, version FROM waystage.change WHERE id = ANY($1)", []*ownTx{b.cur}, false)
+		err := learn("SELECT id, tbl, key, incarnation, version, coalesce(resolved ? 'source', false) FROM waystage.change WHERE id = ANY($1)", []*ownTx{b.cur}, false)
 		if err != nil {
 			return nil, fmt.Errorf("read carried changes: %w", err)
 		}

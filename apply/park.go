@@ -147,18 +147,18 @@ func (s *upSession) unpark(ctx context.Context) error {
 	for _, t := range s.byName {
 		s.parked.waits = s.parked.waits || t.Stop != nil
 	}
-	rows, err := s.mirror.Query(ctx, `SELECT c.id, c.tbl, c.op, c.key, c.img::text, c.old::text, c.created_at, c.session_id, c.unit, c.stamp
+	rows, err := s.mirror.Query(ctx, `SELECT c.id, c.tbl, c.op, c.key, c.img::text, c.old::text, c.created_at, c.session_id, c.unit, c.stamp, c.policy::text
 		FROM waystage.parked AS p JOIN waystage.change AS c ON c.id = p.change_id ORDER BY min(c.id) OVER (PARTITION BY c.stamp), c.id`)
 	if err != nil {
 		return fmt.Errorf("parked changes: %w", err)
 	}
 	var op string
-	var img *string
+	var img, by *string
 	var last int64
 	var c upChange
 	var list []*upChange
 	tx := 0
-	_, err = pgx.ForEachRow(rows, []any{&c.id, &c.tbl, &op, &c.key, &img, &c.old, &c.created, &c.session, &c.unit, &c.stamp}, func() error {
+	_, err = pgx.ForEachRow(rows, []any{&c.id, &c.tbl, &op, &c.key, &img, &c.old, &c.created, &c.session, &c.unit, &c.stamp, &by}, func() error {
 		if c.stamp != last {
 			last = c.stamp
 			tx-- // none of the numbers that transactions of the stream get
@@ -166,6 +166,10 @@ func (s *upSession) unpark(ctx context.Context) error {
 		one := c
 		one.t, one.op, one.tx, one.expect = s.tables[c.tbl], conflict.Op(op[0]), tx, c.old
 		c.key, c.old = nil, nil
+		var err error
+		if one.policy, err = readPolicy(by); err != nil {
+			return err
+		}
 		if img != nil {
 			vals, err := jsonValues(*img)
 			if err != nil {

@@ -26,6 +26,9 @@ const (
 	refusedPermission = "source_permission"
 	refusedDependency = "dependency_rejected"
 	refusedSchema     = "schema_changed"
+	refusedYields     = string(conflict.Yields)
+	refusedByFunction = string(conflict.FunctionRefuses)
+	refusedFunction   = string(conflict.FunctionFails)
 )
 
 // refusal says why the source does not have a change.
@@ -225,9 +228,10 @@ func (s *upSession) refuseIn(ctx context.Context, g group, bad *upChange, why re
 		byID[v.c.id] = v.c
 	}
 	rows, err := tx.Query(ctx, `UPDATE waystage.change AS c SET state = 'refused', stamp = pg_current_xact_id()::text::bigint, decided_at = clock_timestamp(),
-			code = u.code, detail = u.detail, constraint_name = nullif(u.constr, ''), winner = CASE WHEN u.code = $5 THEN 'source' ELSE winner END
+			code = u.code, detail = u.detail, constraint_name = nullif(u.constr, ''), winner = CASE WHEN u.code = ANY ($5) THEN 'source' END, resolved = nullif(c.resolved - 'source', '{}')
 		FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[]) AS u(id, code, detail, constr)
-		WHERE c.id = u.id AND c.state = 'merged' RETURNING c.id, c.decided_at, c.stamp`, ids, codes, details, constraints, refusedConflict)
+		WHERE c.id = u.id AND c.state = 'merged' RETURNING c.id, c.decided_at, c.stamp`, ids, codes, details, constraints,
+		[]string{refusedConflict, refusedYields, refusedByFunction, refusedFunction})
 	if err != nil {
 		return nil, fmt.Errorf("refuse change %d: %w", bad.id, err)
 	}

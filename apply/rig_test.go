@@ -329,6 +329,8 @@ type rec struct {
 	img   map[string]any // string, nil or *string
 	dev   string         // incarnation; empty: "dev"
 	unit  int64          // atomic unit
+
+	policy string // conflict policy as the merge notes it, JSON; empty: reject
 }
 
 // merge does to the mirror what the merge stage does: the ledger row and the mirror row, in one transaction under the
@@ -423,9 +425,9 @@ func (r *rig) mergeOne(tx pgx.Tx, session int64, idx int, c rec) (int64, error) 
 		after = "0"
 	}
 	var id int64
-	err = tx.QueryRow(r.ctx, `INSERT INTO waystage.change (session_id, idx, device_id, incarnation, n, tbl, tname, op, key, state, stamp, version, bver, img, old, old_version, old_lw, old_mver, unit)
-		VALUES ($1, $2, 1, $3, $1, $4, $5, $6, $7, 'merged', pg_current_xact_id()::text::bigint, `+after+`, $8, $9::text::jsonb, $10::text::jsonb, $8, $11, $12, $13) RETURNING id`,
-		session, idx, c.dev, t.ID, c.table, string(rune(c.op)), key, version, img, old, lw, mver, c.unit).Scan(&id)
+	err = tx.QueryRow(r.ctx, `INSERT INTO waystage.change (session_id, idx, device_id, incarnation, n, tbl, tname, op, key, state, stamp, version, bver, img, old, old_version, old_lw, old_mver, unit, policy)
+		VALUES ($1, $2, 1, $3, $1, $4, $5, $6, $7, 'merged', pg_current_xact_id()::text::bigint, `+after+`, $8, $9::text::jsonb, $10::text::jsonb, $8, $11, $12, $13, nullif($14, '')::jsonb) RETURNING id`,
+		session, idx, c.dev, t.ID, c.table, string(rune(c.op)), key, version, img, old, lw, mver, c.unit, c.policy).Scan(&id)
 	if err != nil {
 		return 0, err
 	}

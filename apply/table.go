@@ -27,6 +27,7 @@ type table struct {
 	images     string // keys, first changes
 	load       string // keys: mirror rows as jsonb
 	victims    string // keys, ids and stamps of the deletes: what is known of rows that a cascade takes
+	overlap    string // images before, now and wanted: the columns that both have changed, to different images
 }
 
 func newTable(t *schema.Table) (*table, error) {
@@ -105,6 +106,13 @@ func newTable(t *schema.Table) (*table, error) {
 			WHERE c.state = 'merged' AND c.tbl = $%[7]d AND c.key = %[8]s ORDER BY c.id LIMIT 1) AS p ON true
 		LEFT JOIN waystage.base AS b ON b.tbl = $%[7]d AND b.key = %[8]s`, schema.ColVersion, schema.ColWriter, row,
 		w.unnest(w.keys, 1, "id bigint", "stamp bigint", ordinality), t.Ident(), w.match(), k+3, key)
+	value := func(image string) func(schema.Column) string {
+		return func(c schema.Column) string {
+			return fmt.Sprintf("(%s->>%s)::%s", image, schema.Literal(c.Name), c.MirrorType)
+		}
+	}
+	w.overlap = "SELECT " + t.Overlap(func(c schema.Column) string { return "i.mine ? " + schema.Literal(c.Name) }, value("i.old"), value("i.theirs"), value("i.mine")) +
+		" FROM (SELECT $1::jsonb AS old, $2::jsonb AS theirs, $3::jsonb AS mine) AS i"
 	return w, nil
 }
 

@@ -295,6 +295,11 @@ func (s *upSession) split(ctx context.Context, list []group, out outcome, end ch
 		}
 		return s.decide(ctx, list[half:], end)
 	}
+	if some, err := s.resolveTogether(ctx, list, missed); err != nil {
+		return err
+	} else if some {
+		return s.decide(ctx, list, end)
+	}
 	// Decide those that missed one by one, and what is between them as sets, all in their order.
 	from := 0
 	for i, g := range list {
@@ -398,6 +403,7 @@ func (s *upSession) reconsider(ctx context.Context, g group, missed map[*upChang
 	if err := lockTables(ctx, tx, g.tables()); err != nil {
 		return nil, why, fmt.Errorf("read base: %w", err)
 	}
+	resolved := map[*upChange]resolution{}
 	for _, c := range g {
 		if !missed[c] {
 			continue
@@ -413,34 +419,65 @@ func (s *upSession) reconsider(ctx context.Context, g group, missed map[*upChang
 		if err != nil {
 			return nil, why, err
 		}
-		if c.op == conflict.Delete && base.img == nil && c.rebases < conflict.MaxRebases {
-			// What the change wants is so already, whoever did it. The next try makes sure.
-			c.expect = nil
-			c.rebases++
-			continue
+		res, refused, err := s.reconsiderOne(ctx, tx, c, base)
+		if err != nil {
+			return nil, why, err
 		}
-		attempt, reason := conflict.Retry(base.writer, base.refused, c.rebases)
-		if attempt == conflict.Rebase {
-			c.expect = c.t.json(base.img)
-			c.rebases++
-			s.u.state.with(func(st *Stats) { st.Rebased++ })
-			continue
+		if refused != nil {
+			bad, why = c, *refused
+			break
 		}
-		why = c.conflicting(reason)
-		if base.writer == conflict.Initial {
-			expected, err := c.t.image(c.expect)
-			if err != nil {
-				return nil, why, err
-			}
-			if equalImages(expected, base.img) {
-				if why, err = s.suppressed(ctx, c); err != nil {
-					return nil, why, err
-				}
-			}
+		if res != nil {
+			resolved[c] = *res
 		}
-		return c, why, nil
 	}
-	return nil, why, nil
+	return bad, why, noteResolved(ctx, tx, resolved)
+}
+
+// reconsiderOne does it for one change: a refusal, or another expectation, which by its policy may be that of somebody else's image.
+func (s *upSession) reconsiderOne(ctx context.Context, tx pgx.Tx, c *upChange, base baseRow) (_ *resolution, _ *refusal, err error) {
+	if c.op == conflict.Delete && base.img == nil && c.rebases < conflict.MaxRebases {
+		// What the change wants is so already, whoever did it. The next try makes sure.
+		c.expect = nil
+		c.rebases++
+		return nil, nil, nil
+	}
+	var res *resolution
+	var effect conflict.Effect
+	var why refusal
+	reason := conflict.Source
+	if c.policy.Policy != "" && conflict.Met(base.writer, base.refused, c.rebases) {
+		var r resolution
+		if effect, why, r, err = s.resolve(ctx, tx, c, base.img); err != nil {
+			return nil, nil, err
+		}
+		res, reason = &r, conflict.Reason(why.code)
+	}
+	attempt, reason := conflict.Reconsider(base.writer, base.refused, c.rebases, effect, reason)
+	if attempt == conflict.Rebase {
+		c.expect = c.t.json(base.img)
+		c.rebases++
+		s.u.state.with(func(st *Stats) { st.Rebased++ })
+		if res != nil && res.Wrote != nil {
+			c.op, c.img = res.op, res.img
+		}
+		return res, nil, nil
+	}
+	if res == nil {
+		why = c.conflicting(reason)
+	}
+	if base.writer == conflict.Initial {
+		expected, err := c.t.image(c.expect)
+		if err != nil {
+			return nil, nil, err
+		}
+		if equalImages(expected, base.img) {
+			if why, err = s.suppressed(ctx, c); err != nil {
+				return nil, nil, err
+			}
+		}
+	}
+	return nil, &why, nil
 }
 
 // base reads the base of a change's key in the mirror: its row or, without one, the old image of the first change that has no

@@ -28,6 +28,7 @@ type upChange struct {
 	stamp   int64 // and its id
 	session int64 // the device's session
 	unit    int64 // atomic unit within the session (rule R8); 0: none
+	policy  policy
 
 	expect  *string // what it expects at the source: old, until it is rebased
 	rebases int
@@ -98,6 +99,9 @@ func (l *ledger) change(vals []change.Value, targets map[int]*target) (*upChange
 	if old := text("old"); old != nil {
 		s := *old
 		c.old = &s
+	}
+	if c.policy, err = readPolicy(text("policy")); err != nil {
+		return nil, fmt.Errorf("%w: policy of change %d: %v", change.ErrNotChangeData, c.id, err)
 	}
 	if c.created, err = time.Parse("2006-01-02 15:04:05.999999999-07", must("created_at")); err != nil {
 		return nil, fmt.Errorf("%w: time of change %d: %v", change.ErrNotChangeData, c.id, err)
