@@ -75,6 +75,9 @@ var receiptColumns = []column[device.Receipt]{
 	{"key", func(r device.Receipt) string { return joinKey(r.Key) }},
 	{"session", func(r device.Receipt) string { return r.Session }},
 	{"why", func(r device.Receipt) string {
+		if r.Policy != "" {
+			return "merged with others' changes, conflict policy " + r.Policy
+		}
 		if r.Code == "" {
 			return ""
 		}

@@ -14,7 +14,7 @@ import (
 	"github.com/waystage/waystage/protocol"
 )
 
-var deviceRejectStatuses = []string{device.RejectOpen, device.RejectResubmitted, device.RejectRestored, device.RejectDiscarded, "all"}
+var deviceRejectStatuses = []string{device.RejectOpen, device.RejectResubmitted, device.RejectRestored, device.RejectDiscarded, device.RejectSettled, "all"}
 
 // deviceRejectFilter chooses entries of a device's rejected log.
 type deviceRejectFilter struct{ table, reason, since, status string }

@@ -42,7 +42,11 @@ type recordReceipt struct {
 	Detail       string     `json:"detail,omitempty"`
 	Constraint   string     `json:"constraint,omitempty"`
 	Winner       string     `json:"winner,omitempty"`
-	Stood        image      `json:"stood,omitempty"`         // rejected: what stood in the mirror
+	Policy       string     `json:"policy,omitempty"`        // the conflict policy that took it although somebody else had changed the row
+	Against      string     `json:"against,omitempty"`       // and who that was
+	Sent         image      `json:"sent,omitempty"`          // what the device sent, where a function had something else written
+	Overwrote    image      `json:"overwrote,omitempty"`     // taken by a policy at the source: what stood there
+	Stood        image      `json:"stood,omitempty"`         // rejected, or taken by a policy: what stood in the mirror
 	RightVersion string     `json:"right_version,omitempty"` // and its version
 	Replied      *time.Time `json:"told_at"`                 // when the reply that tells this state was made
 	ToldIn       string     `json:"told_in,omitempty"`       // session of that reply
@@ -145,14 +149,19 @@ func recordsSQL(staged bool) string {
 	if staged {
 		from = `(SELECT NULL::bigint AS id, g.session_id, NULL::bigint AS device_id, '' AS incarnation, 0 AS n, g.idx, g.tname, g.key, g.op, g.unit, 'staged' AS state,
 			0::bigint AS stamp, NULL::timestamptz AS created_at, 0::bigint AS version, NULL::timestamptz AS decided_at, NULL::timestamptz AS source_at, NULL::pg_lsn AS source_end,
-			NULL AS code, NULL AS detail, NULL AS constraint_name, NULL AS winner, NULL::jsonb AS old, 0::bigint AS old_version FROM waystage.staging g) x`
+			NULL AS code, NULL AS detail, NULL AS constraint_name, NULL AS winner, NULL::jsonb AS resolved, NULL::jsonb AS old, 0::bigint AS old_version FROM waystage.staging g) x`
 	}
 	return `
 	SELECT x.id, x.tname, x.key, x.op, coalesce(s.user_name, ''), coalesce(s.device_name, ''), coalesce(s.token, x.incarnation || '-' || x.n), x.idx, x.unit, x.state,
 	       s.received_at, s.staged_at, x.created_at, coalesce(nullif(x.version, 0)::text, ''),
 	       x.decided_at, x.source_at, coalesce(x.source_end::text, ''), coalesce(x.code, ''), coalesce(x.detail, ''), coalesce(x.constraint_name, ''),
-	       coalesce(x.winner, ''), CASE WHEN x.state IN ('rejected', 'refused') THEN x.old END,
-	       CASE WHEN x.state IN ('rejected', 'refused') AND x.old IS NOT NULL THEN x.old_version::text ELSE '' END,
+	       CASE WHEN x.state IN ('rejected', 'refused') THEN coalesce(x.winner, '')
+	            WHEN coalesce(x.resolved->'source'->>'policy', x.resolved->'merge'->>'policy') = 'last-writer' THEN s.user_name || '/' || s.device_name ELSE '' END,
+	       CASE WHEN x.state IN ('rejected', 'refused') THEN '' ELSE coalesce(x.resolved->'source'->>'policy', x.resolved->'merge'->>'policy', '') END,
+	       CASE WHEN x.state NOT IN ('rejected', 'refused') AND x.resolved IS NOT NULL THEN coalesce(x.winner, '') ELSE '' END,
+	       x.resolved->'merge'->'sent', nullif(x.resolved->'source'->'stood', 'null'),
+	       CASE WHEN x.state IN ('rejected', 'refused') OR x.resolved ? 'merge' THEN x.old END,
+	       CASE WHEN (x.state IN ('rejected', 'refused') OR x.resolved ? 'merge') AND x.old IS NOT NULL THEN x.old_version::text ELSE '' END,
 	       t.replied_at, coalesce(t.token, ''), t.closed_at
 	  FROM ` + from + `
 	  LEFT JOIN waystage.session s ON s.id = x.session_id
@@ -353,7 +362,7 @@ A request that is still in the input queue, or was refused as a whole, has no re
 					{"change", func(r recordReceipt) string { return r.Op + " " + r.Table + " " + joinKey(r.Key) }},
 					{"device", func(r recordReceipt) string { return r.User + "/" + r.Device }},
 					{"state", func(r recordReceipt) string { return r.State }},
-					{"reason", func(r recordReceipt) string { return r.Code }},
+					{"reason", func(r recordReceipt) string { return cmp.Or(r.Code, r.Policy) }},
 					{"received", func(r recordReceipt) string { return ago(r.Received) }},
 					{"merged", func(r recordReceipt) string { return after(r.Received, r.Merged) }},
 					{"applied", func(r recordReceipt) string { return after(r.Received, r.Applied) }},
@@ -435,6 +444,15 @@ func after(from, to *time.Time) string {
 	return "+" + span(to.Sub(*from))
 }
 
+// showImage is an image in one line.
+func showImage(m image) string {
+	var out []string
+	for _, name := range sortedKeys(m) {
+		out = append(out, name+"="+cell(m, name))
+	}
+	return strings.Join(out, ", ")
+}
+
 // showReceipt prints a record's way, a line for each step.
 func showReceipt(w io.Writer, r recordReceipt) error {
 	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
@@ -456,6 +474,14 @@ func showReceipt(w io.Writer, r recordReceipt) error {
 		step("rejected", r.Decided, r.Code+": "+r.Detail)
 	} else {
 		step("merged", r.Merged, version)
+	}
+	if r.Policy != "" {
+		fmt.Fprintf(tw, "policy\t%s\tagainst the change of %s\n", r.Policy, clean(r.Against))
+		for i, img := range []image{r.Stood, r.Overwrote, r.Sent} {
+			if len(img) > 0 {
+				fmt.Fprintf(tw, "%s\t%s\t\n", []string{"stood", "overwrote", "sent"}[i], clean(showImage(img)))
+			}
+		}
 	}
 	if r.State == protocol.Refused {
 		step("refused", r.Decided, r.Code+": "+r.Detail)

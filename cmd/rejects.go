@@ -45,7 +45,7 @@ type reject struct {
 	Sent       image      `json:"sent"`             // what the device sent: changed columns of an update, all of an insert
 	Stood      image      `json:"stood"`            // what stood in the mirror
 	Unit       int64      `json:"unit,omitempty"`   // number of the device's transaction within the session
-	Status     string     `json:"status"`           // open, retried, discarded, superseded
+	Status     string     `json:"status"`           // open, retried, discarded, superseded, settled
 	Actions    []action   `json:"actions"`          // what operators did about it, the oldest first
 }
 
@@ -87,7 +87,7 @@ type rejectFilter struct {
 }
 
 // rejectStatuses are the values of --state.
-var rejectStatuses = []string{"open", "retried", "discarded", "superseded"}
+var rejectStatuses = []string{"open", "retried", "discarded", "superseded", "settled"}
 
 // flags adds the filter's flags to a command; status is the default of --state.
 func (f *rejectFilter) flags(a *app, c *cobra.Command, limit int, status string) {

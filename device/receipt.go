@@ -40,11 +40,12 @@ type Receipt struct {
 	Code         protocol.Code      `json:"code,omitempty"`    // rejected, refused: why
 	Detail       string             `json:"detail,omitempty"`
 	Constraint   string             `json:"constraint,omitempty"`
-	ID           int64              `json:"id,omitempty"`    // number in the server's log
-	Right        map[string]*string `json:"right,omitempty"` // rejected, refused: what the server had instead; null: no such row
+	Policy       string             `json:"policy,omitempty"` // merged, applied: the conflict policy that took it although somebody else had changed the row
+	ID           int64              `json:"id,omitempty"`     // number in the server's log
+	Right        map[string]*string `json:"right,omitempty"`  // rejected, refused: what the server had instead; null: no such row
 	RightVersion string             `json:"right_version,omitempty"`
 	Entry        int64              `json:"entry,omitempty"`    // in the rejected log
-	Handling     string             `json:"handling,omitempty"` // of that entry: open, resubmitted, restored, discarded
+	Handling     string             `json:"handling,omitempty"` // of that entry: open, resubmitted, restored, discarded, settled
 }
 
 // LogFilter chooses records; zero fields choose all.
@@ -124,7 +125,7 @@ func operation(d *dirty, live []any) string {
 func (t *txn) receipts(f LogFilter, l *[]Receipt) error {
 	const state = `CASE WHEN r.state <> 'sent' THEN r.state WHEN s.staged IS NOT NULL THEN 'staged' WHEN s.received IS NOT NULL THEN 'received' ELSE 'sent' END`
 	q, args := `SELECT r.incarnation, r.n, r.idx, coalesce(s.set_name, j.set_name, ''), r.wire, r.op, r.key, r.unit, `+state+`, r.edited, s.frozen, s.received, s.staged, r.merged, r.final,
-		r.version, r.code, r.detail, r.constraint_name, r.id, j.right, coalesce(j.right_version, ''), coalesce(j.entry, 0), coalesce(j.handling, '')
+		r.version, r.code, r.detail, r.constraint_name, r.id, r.policy, j.right, coalesce(j.right_version, ''), coalesce(j.entry, 0), coalesce(j.handling, '')
 		FROM _ws_receipt r LEFT JOIN _ws_session s ON s.incarnation = r.incarnation AND s.n = r.n
 		LEFT JOIN _ws_rejected j ON j.incarnation = r.incarnation AND j.n = r.n AND j.idx = r.idx WHERE 1`, []any{}
 	if f.Table != "" {
@@ -147,7 +148,7 @@ func (t *txn) receipts(f LogFilter, l *[]Receipt) error {
 		var edited, frozen, received, staged, merged, final sql.NullInt64
 		var right sql.NullString
 		if err := scan(&inc, &n, &r.Index, &r.Set, &r.Table, &r.Op, &key, &r.Unit, &r.State, &edited, &frozen, &received, &staged, &merged, &final,
-			&r.Version, &r.Code, &r.Detail, &r.Constraint, &r.ID, &right, &r.RightVersion, &r.Entry, &r.Handling); err != nil {
+			&r.Version, &r.Code, &r.Detail, &r.Constraint, &r.ID, &r.Policy, &right, &r.RightVersion, &r.Entry, &r.Handling); err != nil {
 			return err
 		}
 		r.Session = protocol.SessionToken(inc, n)
@@ -201,8 +202,8 @@ func (t *txn) told(incarnation string, n, idx int64, v protocol.Verdict) error {
 	if v.State == protocol.Merged {
 		when = "merged"
 	}
-	_, err := t.run(`UPDATE _ws_receipt SET state = ?, `+when+` = ?, version = ?, code = ?, detail = ?, constraint_name = ?, id = ? WHERE incarnation = ? AND n = ? AND idx = ?`,
-		v.State, now(), v.Version, string(v.Code), v.Detail, v.Constraint, v.ID, incarnation, n, idx)
+	_, err := t.run(`UPDATE _ws_receipt SET state = ?, `+when+` = ?, version = ?, code = ?, detail = ?, constraint_name = ?, id = ?, policy = ? WHERE incarnation = ? AND n = ? AND idx = ?`,
+		v.State, now(), v.Version, string(v.Code), v.Detail, v.Constraint, v.ID, v.Policy, incarnation, n, idx)
 	return err
 }
 

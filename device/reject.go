@@ -20,6 +20,7 @@ const (
 	RejectResubmitted = "resubmitted" // its changes were put on the row again
 	RejectRestored    = "restored"    // its row was made again what it was
 	RejectDiscarded   = "discarded"   // somebody has seen it, and that is all
+	RejectSettled     = "settled"     // the server's conflict policy is that what it had wins: nobody has to do anything
 )
 
 // Reject is an entry of the rejected log: what was sent, what it was based on, and what the server had instead.
@@ -63,8 +64,8 @@ func (d *Device) Rejects(ctx context.Context) ([]Reject, error) {
 
 // RejectLog reads entries of the rejected log, oldest first.
 func (d *Device) RejectLog(ctx context.Context, f RejectFilter) (l []Reject, err error) {
-	if f.Status != "" && !slices.Contains([]string{RejectOpen, RejectResubmitted, RejectRestored, RejectDiscarded}, f.Status) {
-		return nil, fmt.Errorf("device: %q is no status of a rejected record: %s, %s, %s or %s", f.Status, RejectOpen, RejectResubmitted, RejectRestored, RejectDiscarded)
+	if f.Status != "" && !slices.Contains([]string{RejectOpen, RejectResubmitted, RejectRestored, RejectDiscarded, RejectSettled}, f.Status) {
+		return nil, fmt.Errorf("device: %q is no status of a rejected record: %s, %s, %s, %s or %s", f.Status, RejectOpen, RejectResubmitted, RejectRestored, RejectDiscarded, RejectSettled)
 	}
 	where, args := "1", []any{}
 	if f.Table != "" {
@@ -263,7 +264,7 @@ func (d *Device) handle(ctx context.Context, status string, set map[string]*stri
 			switch r.Status {
 			case status: // again: nothing happens
 				out = append(out, Handled{Entry: n, Status: status})
-			case RejectOpen, RejectDiscarded:
+			case RejectOpen, RejectDiscarded, RejectSettled:
 				todo = append(todo, r)
 			default:
 				return fmt.Errorf("%w: %d was %s at %s", ErrHandled, n, r.Status, r.Handled.Format(time.RFC3339))

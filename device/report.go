@@ -52,12 +52,13 @@ type SetReport struct {
 
 // Totals count.
 type Totals struct {
-	Sent      int   `json:"sent"`     // edits uploaded
-	Merged    int   `json:"merged"`   // verdicts told: in the mirror
-	Applied   int   `json:"applied"`  // at the source, final
-	Rejected  int   `json:"rejected"` // refused by merge or source, final
-	Rows      int64 `json:"rows"`     // rows received
-	Deleted   int64 `json:"deleted"`  // rows removed
+	Sent      int   `json:"sent"`              // edits uploaded
+	Merged    int   `json:"merged"`            // verdicts told: in the mirror
+	Applied   int   `json:"applied"`           // at the source, final
+	Rejected  int   `json:"rejected"`          // refused by merge or source, final
+	Settled   int   `json:"settled,omitempty"` // given up for what the server had, as its conflict policy says, final
+	Rows      int64 `json:"rows"`              // rows received
+	Deleted   int64 `json:"deleted"`           // rows removed
 	BytesUp   int64 `json:"bytes_up"`
 	BytesDown int64 `json:"bytes_down"`
 }
@@ -67,6 +68,7 @@ func (t *Totals) add(o Totals) {
 	t.Merged += o.Merged
 	t.Applied += o.Applied
 	t.Rejected += o.Rejected
+	t.Settled += o.Settled
 	t.Rows += o.Rows
 	t.Deleted += o.Deleted
 	t.BytesUp += o.BytesUp

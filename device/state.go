@@ -176,6 +176,7 @@ CREATE TABLE IF NOT EXISTS _ws_receipt (
   detail TEXT NOT NULL DEFAULT '',
   constraint_name TEXT NOT NULL DEFAULT '',
   id INTEGER NOT NULL DEFAULT 0,
+  policy TEXT NOT NULL DEFAULT '',
   PRIMARY KEY (incarnation, n, idx)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS _ws_receipt_final ON _ws_receipt (final) WHERE final IS NOT NULL;

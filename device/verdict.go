@@ -41,9 +41,14 @@ func (t *txn) reject(r *rejection) error {
 	if err != nil {
 		return err
 	}
-	return t.exec(`INSERT INTO _ws_rejected (incarnation, n, idx, id, unit, at, set_name, wire, local, op, key, base, sent, state, code, detail, constraint_name)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING`,
-		r.incarnation, r.n, r.idx, r.id, r.unit, time.Now().Unix(), r.set, r.tab.Wire, r.tab.Local, r.op, key.String, base, sent, r.state, string(r.code), r.detail, r.constraint)
+	at := time.Now().Unix()
+	handling, handled := RejectOpen, sql.NullInt64{}
+	if r.code == protocol.CodeYields {
+		handling, handled = RejectSettled, sql.NullInt64{Int64: at, Valid: true}
+	}
+	return t.exec(`INSERT INTO _ws_rejected (incarnation, n, idx, id, unit, at, set_name, wire, local, op, key, base, sent, state, code, detail, constraint_name, handling, handled)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING`,
+		r.incarnation, r.n, r.idx, r.id, r.unit, at, r.set, r.tab.Wire, r.tab.Local, r.op, key.String, base, sent, r.state, string(r.code), r.detail, r.constraint, handling, handled)
 }
 
 // setRight notes in a log entry what the server has for the row.
@@ -165,7 +170,11 @@ func (j *judge) verdict(v protocol.Verdict) error {
 			}
 		}
 	case protocol.Rejected, protocol.Refused:
-		j.rep.Rejected++
+		if v.Code == protocol.CodeYields {
+			j.rep.Settled++
+		} else {
+			j.rep.Rejected++
+		}
 		if d != nil {
 			if err := j.refuse(&f, d); err != nil {
 				return err
