@@ -31,6 +31,8 @@ CREATE TABLE public.region (id int PRIMARY KEY, name text NOT NULL);
 CREATE TABLE public.job (id int PRIMARY KEY, owner text NOT NULL, region int CONSTRAINT job_region REFERENCES public.region,
 	hours numeric(5,1) CONSTRAINT job_hours CHECK (hours > 0), note text);
 CREATE TABLE public.pair (id int PRIMARY KEY, n int);
+CREATE TABLE public.plan (id int PRIMARY KEY, note text);
+CREATE TABLE public.stock (id int PRIMARY KEY, pieces int);
 CREATE FUNCTION public.picky() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
 	CASE NEW.name
@@ -44,6 +46,8 @@ END $$;
 CREATE TRIGGER picky BEFORE INSERT OR UPDATE ON public.region FOR EACH ROW EXECUTE FUNCTION public.picky();
 INSERT INTO public.region SELECT g, 'region ' || g FROM generate_series(1, 20) g;
 INSERT INTO public.job SELECT g, 'amina', 1, g, 'note' FROM generate_series(1, 40) g;
+INSERT INTO public.plan SELECT g, 'plan' FROM generate_series(1, 5) g;
+INSERT INTO public.stock SELECT g, 10 FROM generate_series(1, 5) g;
 INSERT INTO public.pair SELECT g, g FROM generate_series(1, 5) g;
 `
 
@@ -53,8 +57,12 @@ subscriptions:
   regions: {table: public.region}
   jobs: {table: public.job, key: owner, rows: "select :user", allow: [insert, update]}
   pairs: {table: public.pair, reject: transaction}
+  plans: {table: public.plan, conflict: source}
+  stock:
+    table: public.stock
+    conflict: {function: care.decide}
 sets:
-  work: [regions, jobs, pairs]
+  work: [regions, jobs, pairs, plans, stock]
 groups:
   crew: {sets: [work]}
 `
@@ -81,7 +89,8 @@ func (o *operator) worker(user string) *worker {
 	o.t.Cleanup(nc.Close)
 	sum := protocol.Hash([]byte(user + o.dir))
 	w := &worker{o: o, nc: nc, user: user, inc: fmt.Sprintf("%x", sum)[:32], rows: map[string]protocol.Row{}, columns: map[string][]string{
-		"public.region": {"id", "name"}, "public.job": {"id", "owner", "region", "hours", "note"}, "public.pair": {"id", "n"}}}
+		"public.region": {"id", "name"}, "public.job": {"id", "owner", "region", "hours", "note"}, "public.pair": {"id", "n"},
+		"public.plan": {"id", "note"}, "public.stock": {"id", "pieces"}}}
 	w.session()
 	return w
 }
@@ -113,7 +122,7 @@ func (w *worker) put(change func(*protocol.Request), changes ...protocol.Change)
 	w.n++
 	req := &protocol.Request{V: protocol.Version, Incarnation: w.inc, N: w.n, Nonce: "x", Set: "work", Cursor: w.cursor, Epoch: w.epoch,
 		Wait: protocol.WaitSource, Changes: changes}
-	for _, name := range []string{"public.job", "public.pair", "public.region", "public.nothing"} {
+	for _, name := range []string{"public.job", "public.pair", "public.plan", "public.region", "public.stock", "public.nothing"} {
 		if slices.ContainsFunc(changes, func(c protocol.Change) bool { return c.Table == name }) {
 			cols := w.columns[name]
 			if cols == nil {
@@ -244,6 +253,14 @@ func work(t *testing.T, set ...string) (*operator, *worker) {
 		t.Fatal(err)
 	}
 	o.init()
+	o.at(o.mirror, `CREATE SCHEMA care`)
+	o.at(o.mirror, `GRANT USAGE ON SCHEMA care TO PUBLIC`)
+	o.at(o.mirror, `CREATE FUNCTION care.decide(base jsonb, theirs jsonb, mine jsonb, info jsonb) RETURNS jsonb LANGUAGE plpgsql STABLE AS $$
+		DECLARE pieces int := (theirs->>'pieces')::int + (mine->>'pieces')::int - (base->>'pieces')::int;
+		BEGIN
+			IF pieces < 0 THEN RAISE 'there are only % left', theirs->>'pieces'; END IF;
+			RETURN jsonb_build_object('pieces', CASE WHEN pieces > 100 THEN 'too many' ELSE pieces::text END);
+		END $$`)
 	stop := o.serve(workDefinitions, append(set, "health.listen=")...)
 	t.Cleanup(stop)
 	o.run(exitOK, testPassword, "users add amina --group crew")
@@ -545,6 +562,27 @@ func TestEveryReason(t *testing.T) {
 	lost.Unit, kept.Unit = 1, 1
 	give(nil, "rejected transaction_rejected", lost, kept)
 
+	// Conflict policies.
+	yields := amina.edit("public.plan", "1", "note", "late")
+	o.foreign(`UPDATE public.plan SET note = 'office' WHERE id = 1`, `SELECT note = 'office' FROM public.plan WHERE id = 1`)
+	give(nil, "rejected source_wins", yields)
+	if r := o.rejects("--reason source_wins --state settled"); len(r) != 1 || r[0].Winner != "source" {
+		t.Errorf("what gave way is not settled: %+v", r)
+	}
+	decided := []protocol.Change{amina.edit("public.stock", "1", "pieces", "8"), amina.edit("public.stock", "2", "pieces", "0"), amina.edit("public.stock", "3", "pieces", "200")}
+	o.foreign(`UPDATE public.stock SET pieces = pieces - 5`, `SELECT bool_and(pieces = 5) FROM public.stock`)
+	o.wantVerdicts(amina.session(decided...), "applied", "rejected function_refused", "rejected function_failed")
+	if got := o.at(o.source, `SELECT pieces FROM public.stock WHERE id = 1`); got != "3" {
+		t.Errorf("the source has %s pieces", got)
+	}
+	receipts := data[[]recordReceipt](o, exitOK, "receipts --table stock --key 1 -o json")
+	if len(receipts) != 1 || receipts[0].Policy != "function" || receipts[0].Against != "source" || *receipts[0].Stood["pieces"] != "5" || *receipts[0].Sent["pieces"] != "8" {
+		t.Errorf("the receipt does not say who met whom: %+v", receipts)
+	}
+	if out := o.run(exitOK, "", fmt.Sprintf("receipts --record %d", *receipts[0].ID)); !strings.Contains(out, "against the change of source") || !strings.Contains(out, "pieces=5") {
+		t.Errorf("the receipt says\n%s", out)
+	}
+
 	var want []string
 	for _, c := range protocol.RecordCodes() {
 		if c != protocol.CodeSchema && c != protocol.CodeEpoch { // given when the mirror is changed or rebuilt: see the tests of schema and apply
@@ -598,7 +636,7 @@ func TestReasonCatalogue(t *testing.T) {
 		t.Errorf("the database takes %q, the catalogue has %q", taken, want)
 	}
 	// Every code that the sources name for records is in it.
-	for _, file := range []string{"../protocol/code.go", "../apply/refuse.go", "../conflict/conflict.go"} {
+	for _, file := range []string{"../protocol/code.go", "../apply/refuse.go", "../conflict/conflict.go", "../conflict/policy.go"} {
 		src, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)

@@ -10,5 +10,6 @@ var recordCodes = []Code{
 	CodeStale, CodeRowDeleted, CodeRowExists, CodeUnknownTable, CodeUnknownColumn, CodeInvalidValue, CodeMissingKey, CodeKeyChange,
 	CodeNotSubscribed, CodeOperation, CodeDuplicate, CodeRowTooBig, CodeInvalidRecord,
 	CodeConstraint, CodeTrigger, CodeSource, CodeValue, CodePermission, CodeDependency, CodeTransaction,
+	CodeYields, CodeFunctionRefused, CodeFunctionFailed,
 	CodeSchema, CodeEpoch,
 }
