@@ -579,8 +579,8 @@ func TestEveryReason(t *testing.T) {
 	if len(receipts) != 1 || receipts[0].Policy != "function" || receipts[0].Against != "source" || *receipts[0].Stood["pieces"] != "5" || *receipts[0].Sent["pieces"] != "8" {
 		t.Errorf("the receipt does not say who met whom: %+v", receipts)
 	}
-	if out := o.run(exitOK, "", fmt.Sprintf("receipts --record %d", *receipts[0].ID)); !strings.Contains(out, "against the change of source") || !strings.Contains(out, "pieces=5") {
-		t.Errorf("the receipt says\n%s", out)
+	if out := o.run(exitOK, "", fmt.Sprintf("receipts --record %d", *receipts[0].ID)); !strings.Contains(out.out, "against the change of source") || !strings.Contains(out.out, "pieces=5") {
+		t.Errorf("the receipt says\n%s", out.out)
 	}
 
 	var want []string

@@ -186,7 +186,7 @@ func (r *rig) catalogOf(defs string) *Catalog {
 	if _, err := schema.Refusing(append(problems, d.Check(r.tables)...)); err != nil {
 		r.t.Fatal(err)
 	}
-	return NewCatalog("e1", d, r.tables)
+	return NewCatalog("e1", r.cat.layout, d, r.tables)
 }
 
 // reset empties the mirror for the next scenario; making a new one costs more.
