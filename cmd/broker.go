@@ -199,7 +199,7 @@ func (b *broker) queues(ctx context.Context) ([]health.Queue, error) {
 		return nil, err
 	}
 	out := []health.Queue{}
-	for _, name := range []string{queue.StreamIn, queue.StreamOut, queue.StreamDead, queue.StreamDown, queue.StreamUp} {
+	for _, name := range []string{queue.StreamIn, queue.StreamOut, queue.StreamDead, queue.StreamDown, queue.StreamUp, queue.StreamFile} {
 		s, err := js.Stream(ctx, name)
 		if err != nil {
 			return out, fmt.Errorf("stream %s: %w", name, err)

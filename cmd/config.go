@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/waystage/waystage/protocol"
 	"github.com/waystage/waystage/schema"
 )
 
@@ -22,6 +23,7 @@ type Config struct {
 	Limits      Limits    `koanf:"limits" doc:"What one device may ask for."`
 	Reply       Reply     `koanf:"reply" doc:"How long a reply waits for the device's own records, so that most outcomes are told in the same session."`
 	Retention   Retention `koanf:"retention" doc:"How long things are kept."`
+	Files       Files     `koanf:"files" doc:"Files that devices subscribe to."`
 	Health      Health    `koanf:"health" doc:"The HTTP listener with /healthz, /readyz and /metrics."`
 	Log         Log       `koanf:"log" doc:"The server's own log, on stderr."`
 
@@ -83,6 +85,7 @@ type Limits struct {
 	QueueBytes  Size `koanf:"queue_bytes" doc:"Input queue; when it is full devices are told to come back later."`
 	ChangeBytes Size `koanf:"change_bytes" doc:"Change data queue per direction; when it is full capture waits and WAL stays at the server."`
 	OutputBytes Size `koanf:"output_bytes" doc:"Waiting reply pages of all devices."`
+	FileBytes   Size `koanf:"file_bytes" doc:"Contents of all files; when it is full no more are taken."`
 }
 
 // Reply bounds a reply's waiting.
@@ -99,6 +102,18 @@ type Retention struct {
 	Rejects    Duration `koanf:"rejects" doc:"Rejected records that no operator has handled."`
 	Handled    Duration `koanf:"handled" doc:"Rejected records that were discarded, or retried and applied, counted from then."`
 	WAL        Size     `koanf:"wal" doc:"WAL that a slot may hold back before /readyz and 'status' warn. The hard bound is the server's max_slot_wal_keep_size."`
+}
+
+// Files bounds the files, and names a directory that is published.
+type Files struct {
+	MaxSize   Size     `koanf:"max_size" doc:"One published file. What devices put is bounded by max_size of its subscription."`
+	UserBytes Size     `koanf:"user_bytes" doc:"All files that one user's devices have put and that stand."`
+	UserFiles int      `koanf:"user_files" doc:"Number of the same."`
+	Grace     Duration `koanf:"grace" doc:"How long a content is kept that no file has any more; a replaced one can be fetched so long."`
+	Directory string   `koanf:"directory" doc:"Directory that is published and watched; relative to the working directory; empty: none. One server at a time does it."`
+	Prefix    string   `koanf:"prefix" doc:"Put before the paths of the directory's files, e.g. manuals."`
+	Every     Duration `koanf:"every" doc:"How often the directory is looked at."`
+	Delete    bool     `koanf:"delete" doc:"Remove files that are not in the directory any more, of those that were published from it."`
 }
 
 // Health is the HTTP listener.
@@ -121,10 +136,11 @@ func Defaults() Config {
 			External: External{Replicas: 1},
 		},
 		Pools:  Pools{Gateway: 2, Intake: 2, Merge: 1, Reply: 4, CaptureDown: 1, ApplyDown: 1, CaptureUp: 1, ApplyUp: 1},
-		Limits: Limits{Session: 64 << 20, Records: 100_000, Row: 1 << 20, Page: 256 << 10, QueueBytes: 512 << 20, ChangeBytes: 512 << 20, OutputBytes: 1 << 30},
+		Limits: Limits{Session: 64 << 20, Records: 100_000, Row: 1 << 20, Page: 256 << 10, QueueBytes: 512 << 20, ChangeBytes: 512 << 20, OutputBytes: 1 << 30, FileBytes: 2 << 30},
 		Reply:  Reply{WaitSource: Duration(10 * time.Second), Hold: Duration(5 * time.Second)},
 		Retention: Retention{Replies: Duration(7 * day), Tombstones: Duration(60 * day), Ledger: Duration(30 * day),
 			Rejects: Duration(365 * day), Handled: Duration(90 * day), WAL: 4 << 30},
+		Files:  Files{MaxSize: 1 << 30, UserBytes: 1 << 30, UserFiles: 10_000, Grace: Duration(day), Every: Duration(10 * time.Second), Delete: true},
 		Health: Health{Listen: "127.0.0.1:8222"},
 		Log:    Log{Level: "info", Format: "auto"},
 	}
@@ -157,6 +173,18 @@ func (c *Config) Validate() error {
 		return bad("limits.row", "want at least 1 KiB, not %s", c.Limits.Row)
 	case c.Reply.Hold < 0 || time.Duration(c.Reply.Hold) > 30*time.Second:
 		return bad("reply.hold", "want 0 to 30s, not %s", c.Reply.Hold)
+	case c.Limits.FileBytes < 1<<20:
+		return bad("limits.file_bytes", "want at least 1 MiB, not %s", c.Limits.FileBytes)
+	case c.Files.MaxSize < 1:
+		return bad("files.max_size", "want at least a byte, not %s", c.Files.MaxSize)
+	case c.Files.UserBytes < 1 || c.Files.UserFiles < 1:
+		return bad("files.user_bytes", "user_bytes and user_files must be at least 1")
+	case time.Duration(c.Files.Grace) < time.Minute:
+		return bad("files.grace", "want at least a minute, not %s", c.Files.Grace)
+	case time.Duration(c.Files.Every) < 100*time.Millisecond:
+		return bad("files.every", "want at least 100ms, not %s", c.Files.Every)
+	case c.Files.Prefix != "" && protocol.CheckPath(c.Files.Prefix) != nil:
+		return bad("files.prefix", "%w", protocol.CheckPath(c.Files.Prefix))
 	case c.Reply.WaitSource < 0:
 		return bad("reply.wait_source", "must not be negative")
 	}

@@ -18,6 +18,7 @@ import (
 
 	"github.com/waystage/waystage/apply"
 	"github.com/waystage/waystage/capture"
+	"github.com/waystage/waystage/internal/files"
 	"github.com/waystage/waystage/internal/health"
 	"github.com/waystage/waystage/internal/registry"
 	"github.com/waystage/waystage/internal/trouble"
@@ -51,6 +52,8 @@ const grace = 30 * time.Second
 //	       │    ├─ kicks                         3   intake, merge, reply: "there is work"
 //	       │    ├─ watch                         1   what waits for connected devices
 //	       │    ├─ pool settings                 1   "the operator has changed something"
+//	       │    ├─ files                         1   looks for lost contents, removes unused ones
+//	       │    ├─ directory                     1   publishes files; one active in all processes
 //	       │    └─ prune                         1   what the retention times have passed
 //	       │
 //	       └─ work: a pool for each stage, with as many workers as waystage.pool says
@@ -96,7 +99,8 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	}
 	defer stopBroker()
 	q, err := queue.Open(ctx, queue.Config{Broker: broker, Replicas: c.NATS.External.Replicas, InputBytes: int64(c.Limits.QueueBytes),
-		OutputBytes: int64(c.Limits.OutputBytes), OutputAge: time.Duration(c.Retention.Replies), ChangeBytes: int64(c.Limits.ChangeBytes)}, log)
+		OutputBytes: int64(c.Limits.OutputBytes), OutputAge: time.Duration(c.Retention.Replies), ChangeBytes: int64(c.Limits.ChangeBytes),
+		FileBytes: int64(c.Limits.FileBytes)}, log)
 	if err != nil {
 		return err
 	}
@@ -183,7 +187,18 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	watch := stages.NewWatch(stages.WatchConfig{}, reply, log.Named("watch"))
 	sup.Go(func() error { return watch.Run(support) })
 	sessions := stages.NewSessions(mirror)
-	gateway := queue.NewGateway(q, queue.GatewayConfig{Hold: time.Duration(c.Reply.Hold), Applied: sessions.Close, News: watch.News},
+	// A pool of their own: who fetches many files must not take the connections of the rows.
+	filesPool, err := openPool(ctx, "mirror", c.Mirror.DSN, 4)
+	if err != nil {
+		return err
+	}
+	defer filesPool.Close()
+	store := files.New(c.filesConfig(), filesPool, chunks{q.Chunks()}, current.Definitions, log)
+	sup.Go(func() error { return store.Keep(support, keepFiles) })
+	if c.Files.Directory != "" {
+		sup.Go(func() error { return watchDirectory(support, c, store, log) })
+	}
+	gateway := queue.NewGateway(q, queue.GatewayConfig{Hold: time.Duration(c.Reply.Hold), Applied: sessions.Close, News: watch.News, Files: store},
 		enroller(users, current), sessions.Status, log)
 	captureUp := capture.New(capture.Config{Direction: capture.Up, Server: c.Mirror.DSN, Mirror: c.Mirror.DSN, Slot: schema.SlotUp(done.Epoch),
 		Publication: schema.PublicationUp, Queue: publisher{q, queue.Up}, Log: log})
@@ -192,7 +207,7 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	applyUp := apply.NewUp(apply.UpConfig{Mirror: c.Mirror.DSN, Source: c.Source.DSN, Tables: tables, Changes: changes{q, queue.Up}, Log: log})
 	applyDown := apply.NewDown(apply.DownConfig{Mirror: c.Mirror.DSN, Tables: tables, Changes: changes{q, queue.Down}, Log: log})
 	for _, list := range [][]prometheus.Collector{intake.Metrics(), merge.Metrics(), reply.Metrics(), captureUp.Metrics(), captureDown.Metrics(),
-		applyUp.Metrics(), applyDown.Metrics()} {
+		applyUp.Metrics(), applyDown.Metrics(), store.Metrics()} {
 		metrics.MustRegister(list...)
 	}
 
@@ -424,7 +439,7 @@ func depths(ctx context.Context, q *queue.Queue) ([]health.Queue, error) {
 	for _, s := range []struct {
 		name string
 		d    queue.StreamDepth
-	}{{queue.StreamIn, d.Input}, {queue.StreamOut, d.Output}, {queue.StreamDead, d.Dead}, {queue.StreamDown, d.Down}, {queue.StreamUp, d.Up}} {
+	}{{queue.StreamIn, d.Input}, {queue.StreamOut, d.Output}, {queue.StreamDead, d.Dead}, {queue.StreamDown, d.Down}, {queue.StreamUp, d.Up}, {queue.StreamFile, d.Files}} {
 		h := health.Queue{Name: s.name, Direction: directionOf(s.name), Messages: s.d.Messages, Bytes: s.d.Bytes}
 		if !s.d.Oldest.IsZero() && s.d.Messages > 0 {
 			h.OldestSeconds = max(time.Since(s.d.Oldest).Seconds(), 0)

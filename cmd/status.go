@@ -89,6 +89,10 @@ func attention(a *app, c Config, s health.Snapshot) error {
 		a.say("attention: %s; look with 'waystage schema diff', go on with 'waystage schema apply'", clean(t.String()))
 		broken = true
 	}
+	if s.Files.Lost > 0 {
+		a.say("attention: the contents of %d files are lost; 'waystage files check' names them, 'waystage files sync' or 'put' brings them back", s.Files.Lost)
+		broken = true
+	}
 	if broken {
 		return silent(exitAttention)
 	}
@@ -122,6 +126,13 @@ func printStatus(w io.Writer, s health.Snapshot, brokerErr error) error {
 	fmt.Fprintf(tw, "sessions\t%d wait for merge, %d for reply%s; %d taken\n", s.Sessions.Staged, s.Sessions.Merged, oldest(s.Sessions.OldestSeconds), s.Sessions.Total)
 	fmt.Fprintf(tw, "devices\t%d enrolled, %d synced within a day, %d not for 30 days, %d blocked; %d users\n",
 		s.Devices.Enrolled, s.Devices.Active, s.Devices.Stale, s.Devices.Blocked, s.Devices.Users)
+	if s.Files.Count+s.Files.Uploads > 0 {
+		lost := ""
+		if s.Files.Lost > 0 {
+			lost = fmt.Sprintf("; CONTENT LOST of %d", s.Files.Lost)
+		}
+		fmt.Fprintf(tw, "files\t%d, %s; %d uploads under way%s\n", s.Files.Count, human(s.Files.Bytes), s.Files.Uploads, lost)
+	}
 	if len(s.Rejects) == 0 {
 		fmt.Fprintf(tw, "rejects\tnone\n")
 	}

@@ -36,6 +36,7 @@ type Request struct {
 	Oldest      string   `cbor:"13,keyasint,omitempty" json:"oldest,omitempty"`  // RFC 3339 time of the oldest unsent change, for the operator's eyes
 
 	Verify *Verification `cbor:"14,keyasint,omitempty" json:"verify,omitempty"` // nil: the device does not know verification
+	Files  *FilesRequest `cbor:"18,keyasint,omitempty" json:"files,omitempty"`  // nil: the device does not know files
 }
 
 // Values of Request.Wait; empty is WaitMerge.
@@ -90,6 +91,7 @@ type Page struct {
 	More        bool         `cbor:"17,keyasint,omitempty" json:"more,omitempty"`  // last page: verdicts of this session are still open; sync again later
 	Rows        int64        `cbor:"18,keyasint,omitempty" json:"rows,omitempty"`  // page 1: estimate of all rows in the reply, for a progress bar; 0: unknown
 	Verify      *Verified    `cbor:"19,keyasint,omitempty" json:"verify,omitempty"`
+	Files       []FilesPart  `cbor:"23,keyasint,omitempty" json:"files,omitempty"` // nothing for a device that knows no files
 }
 
 // TableRows carries what changed in one table. Apply order: Gone, then Deletes, then Rows.
@@ -137,6 +139,8 @@ type Verdict struct {
 type Definitions struct {
 	Hash   string  `cbor:"1,keyasint" json:"hash"`
 	Tables []Table `cbor:"2,keyasint" json:"tables"`
+
+	Files []FileSubscription `cbor:"18,keyasint,omitempty" json:"files,omitempty"`
 }
 
 // Table is a table as a device keeps it.
@@ -148,6 +152,9 @@ type Table struct {
 	Operations string       `cbor:"5,keyasint" json:"operations"`                     // allowed uploads: subset of "IUD"
 	Unique     [][]string   `cbor:"6,keyasint,omitempty" json:"unique,omitempty"`     // further unique keys at the source, information only
 	Foreign    []ForeignKey `cbor:"7,keyasint,omitempty" json:"foreign,omitempty"`    // information only
+
+	FileColumn string `cbor:"18,keyasint,omitempty" json:"file_column,omitempty"` // column that holds the path of a file
+	FileBefore bool   `cbor:"19,keyasint,omitempty" json:"file_before,omitempty"` // that file must be there before the row is applied
 }
 
 // Column is a column as a device keeps it.

@@ -11,6 +11,8 @@ import (
 const (
 	ContentCBOR = "application/cbor"
 	ContentJSON = "application/json"
+
+	ContentChunk = "application/octet-stream" // of a chunk of a file
 )
 
 // Content encodings of requests and pages.

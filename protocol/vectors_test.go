@@ -110,6 +110,17 @@ func vectors(testing.TB) []vector {
 	listed := page(4)
 	listed.Last, listed.CursorFrom, listed.Cursor, listed.Epoch = true, "e1.760.1c", "e1.760.1c", "e1"
 	listed.Verify = &Verified{Buckets: 4, Tables: []VerifiedTable{{Table: "care.visit", Columns: []string{"id", "patient_id", "note"}, Rows: []Row{{Version: *version, Values: image}}}}}
+	waiting := req(6)
+	waiting.Files = &FilesRequest{Waiting: 2}
+	filed := page(6)
+	filed.Last, filed.CursorFrom, filed.Cursor, filed.Epoch = true, "e1.760.1c", "e1.771.2b", "e1"
+	filed.Schema = &Definitions{Hash: "77ab402abc4b2a76", Tables: []Table{{Name: "care.wound", Key: []string{"id"}, Operations: "I", FileColumn: "photo", FileBefore: true,
+		Columns: []Column{{Name: "id", Type: "integer", NotNull: true}, {Name: "photo", Type: "text"}}}},
+		Files: []FileSubscription{{Name: "manuals", Path: "manuals/**"}, {Name: "wounds", Path: "patients/{key}/**", Upload: true, MaxSize: 10 << 20}}}
+	filed.Files = []FilesPart{
+		{Subscription: "manuals", Deletes: []string{"manuals/old.pdf"}, Files: []FileEntry{{Path: "manuals/pump.pdf", Version: "765", SHA256: FileHash([]byte("pump")), Size: 4, Type: "application/pdf"}}},
+		{Subscription: "wounds", Gone: []string{"18"}, Files: []FileEntry{{Path: "patients/17/späť.jpg", Version: "770", SHA256: FileHash(nil), Key: "17"}}, Wanted: []string{FileHash([]byte("lost"))}},
+	}
 	refused := func(e Error) *Page {
 		p := page(3)
 		p.Last, p.Error = true, &e
@@ -130,6 +141,8 @@ func vectors(testing.TB) []vector {
 		{"request-verify-result", &told},
 		{"page-verify-sums", &summed},
 		{"page-verify-rows", &listed},
+		{"request-files", &waiting},
+		{"page-files", &filed},
 		{"page-error-forked", refused(Error{Code: CodeForked, Message: "session 3 does not continue this incarnation: the device was restored or copied; it goes on under a new incarnation"})},
 		{"page-error-epoch", refused(Error{Code: CodeEpoch, Message: "the mirror was rebuilt: send everything again under a new incarnation"})},
 		{"page-error-busy", refused(Error{Code: CodeBusy, Message: "the input queue is full: try again in 5 seconds", Retry: 5})},

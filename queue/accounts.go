@@ -129,7 +129,7 @@ var staticUsers = []grant{
 	{userNotify, accountDevices, []string{"ev.*.*"}, []string{}},
 	{userMonitor, accountDevices, []string{"$SRV.>"}, []string{"_INBOX.MON.>"}},
 	{userApp, accountApp,
-		[]string{"sync.in.>", "sync.out.>", "sync.dlq.>", "cd.>", "ws.>", "$JS.API.>", "$JS.ACK.>", "$SRV.>", "_INBOX.>", "$SYS.REQ.USER.INFO"},
+		[]string{"sync.in.>", "sync.out.>", "sync.dlq.>", "sync.file.>", "cd.>", "ws.>", "$JS.API.>", "$JS.ACK.>", "$SRV.>", "_INBOX.>", "$SYS.REQ.USER.INFO"},
 		[]string{"ws.>", "$SRV.>", "_INBOX.>"}},
 	{userSys, accountSys, []string{"$SYS.REQ.SERVER.PING.CONNZ", "$SYS.REQ.SERVER.*.KICK", "$SYS.REQ.USER.INFO"}, []string{"_INBOX.>"}},
 }

@@ -47,6 +47,7 @@ type GatewayConfig struct {
 
 	// Applied hears that a device has applied the reply to a session, before its pages are removed; nil: nobody.
 	Applied func(ctx context.Context, user, device, session string) error
+	Files   Files // nil: there are none
 }
 
 // Gateway takes the calls of devices: it is the only thing between them and the streams. It runs as a NATS micro service
@@ -65,7 +66,7 @@ type Gateway struct {
 	rates  *rates
 	ready  signal
 	counts struct {
-		puts, gets, acks, statuses, enrols, watches, refused, silent, held atomic.Int64
+		puts, gets, acks, statuses, enrols, watches, files, refused, silent, held atomic.Int64
 	}
 }
 
@@ -94,6 +95,7 @@ type GatewayStats struct {
 	Statuses int64 `json:"statuses"`
 	Enrols   int64 `json:"enrols"`
 	Watches  int64 `json:"watches"`
+	Files    int64 `json:"files"`
 	Refused  int64 `json:"refused"` // answered with an error other than pending
 	Silent   int64 `json:"silent"`  // not answered: an attack or a broken client
 	Held     int64 `json:"held"`    // gets and watches that wait now
@@ -104,7 +106,7 @@ func (g *Gateway) Stats() GatewayStats {
 	c := &g.counts
 	return GatewayStats{
 		Puts: c.puts.Load(), Gets: c.gets.Load(), Acks: c.acks.Load(), Statuses: c.statuses.Load(), Enrols: c.enrols.Load(),
-		Watches: c.watches.Load(), Refused: c.refused.Load(), Silent: c.silent.Load(), Held: c.held.Load(),
+		Watches: c.watches.Load(), Files: c.files.Load(), Refused: c.refused.Load(), Silent: c.silent.Load(), Held: c.held.Load(),
 	}
 }
 
@@ -115,6 +117,7 @@ type shift struct {
 	work    tasks
 	storing chan struct{} // puts on their way to the input queue
 	doing   chan struct{} // calls that wait for a database or a purge
+	filing  filing        // calls about files
 
 	mu      sync.Mutex
 	waiting map[string][]chan struct{} // by ready subject: held gets
@@ -123,7 +126,7 @@ type shift struct {
 // Run serves until ctx ends, then answers the calls that it has taken. It may run several times at once.
 func (g *Gateway) Run(ctx context.Context) error {
 	s := &shift{Gateway: g, ctx: ctx, storing: make(chan struct{}, g.cfg.MaxStoring),
-		doing: make(chan struct{}, maxDoing), waiting: map[string][]chan struct{}{}}
+		doing: make(chan struct{}, maxDoing), filing: filing{of: map[string]int{}}, waiting: map[string][]chan struct{}{}}
 	err := s.serve()
 	if ctx.Err() != nil {
 		return nil
@@ -174,19 +177,24 @@ func (s *shift) serve() error {
 		return fmt.Errorf("queue: gateway: %w", err)
 	}
 	defer func() { _ = svc.Stop() }()
-	for _, e := range []struct {
+	type endpoint struct {
 		verb, tokens string
 		handle       func(*call)
-	}{
+	}
+	ofSession := []endpoint{
 		{protocol.VerbPut, ".*.*", s.put},
 		{protocol.VerbGet, ".*.*", s.get},
 		{protocol.VerbAck, ".*", s.ack},
 		{protocol.VerbStatus, ".*", s.tell},
-		{protocol.VerbEnrol, "", s.enter},
-		{protocol.VerbWatch, "", s.watch},
-	} {
+	}
+	others := []endpoint{{protocol.VerbEnrol, "", s.enter}, {protocol.VerbWatch, "", s.watch}}
+	if s.cfg.Files != nil {
+		others = append(others, endpoint{protocol.VerbFileGet, ".*.*", s.fileGet}, endpoint{protocol.VerbFileOffer, ".*", s.fileOffer},
+			endpoint{protocol.VerbFilePut, ".*.*", s.filePut}, endpoint{protocol.VerbFileCommit, ".*", s.fileCommit})
+	}
+	for i, e := range append(ofSession, others...) {
 		handler := micro.HandlerFunc(func(r micro.Request) {
-			if c := s.accept(r); c != nil {
+			if c := s.accept(r, i < len(ofSession)); c != nil {
 				e.handle(c)
 			}
 		})
@@ -212,8 +220,8 @@ type call struct {
 	args         []string // tokens after the verb
 }
 
-// accept makes the checks on which everything rests; nil: no answer.
-func (s *shift) accept(r micro.Request) *call {
+// accept makes the checks on which everything rests; nil: no answer. session tells that the first token after the verb is one.
+func (s *shift) accept(r micro.Request, session bool) *call {
 	t := strings.Split(r.Subject(), ".") // rq.<user>.<device>.<verb>...
 	if len(t) < 4 || !protocol.ValidName(t[1]) || !protocol.ValidName(t[2]) || !ownInbox(r.Reply(), t[1], t[2]) {
 		if n := s.counts.silent.Add(1); n < 100 || n%1000 == 0 { // whoever does this can do it often
@@ -227,7 +235,7 @@ func (s *shift) accept(r micro.Request) *call {
 		c.refuse(protocol.CodeBusy, 1, "this device calls too often: wait a second")
 		return nil
 	}
-	if len(c.args) > 0 {
+	if session {
 		if _, _, err := protocol.ParseSession(c.args[0]); err != nil {
 			c.refuseError(err)
 			return nil
@@ -263,6 +271,8 @@ func (c *call) refuseWith(e *protocol.Error) {
 		c.answer(protocol.Receipt{Error: e})
 	case protocol.VerbStatus:
 		c.answer(protocol.Status{State: "unknown", Error: e})
+	case protocol.VerbFileOffer, protocol.VerbFilePut, protocol.VerbFileCommit:
+		c.answer(protocol.FileReceipt{Error: e})
 	case protocol.VerbEnrol:
 		c.answer(protocol.Enrolled{User: c.user, Device: c.device, Error: e})
 	case protocol.VerbWatch:

@@ -102,9 +102,17 @@ var errNoPage = errors.New("queue: no such page")
 // page reads one page by its literal subject, without a consumer. In a cluster the nearest replica answers, which may
 // not have what was just written: what it does not have is asked of the leader before it counts as missing.
 func (q *Queue) page(ctx context.Context, subject string) (*nats.Msg, error) {
-	r, err := q.app.RequestWithContext(ctx, "$JS.API.DIRECT.GET."+StreamOut+"."+subject, nil)
-	if err != nil {
+	m, err := last(ctx, q.app, StreamOut, subject, q.cfg.Replicas)
+	if err != nil && !errors.Is(err, errNoPage) {
 		q.heal(err)
+	}
+	return m, err
+}
+
+// last reads the last message of a literal subject.
+func last(ctx context.Context, nc *nats.Conn, stream, subject string, replicas int) (*nats.Msg, error) {
+	r, err := nc.RequestWithContext(ctx, "$JS.API.DIRECT.GET."+stream+"."+subject, nil)
+	if err != nil {
 		return nil, fmt.Errorf("queue: read %s: %w", subject, err)
 	}
 	switch status := r.Header.Get("Status"); {
@@ -112,14 +120,14 @@ func (q *Queue) page(ctx context.Context, subject string) (*nats.Msg, error) {
 		return r, nil
 	case status != "404":
 		return nil, fmt.Errorf("queue: read %s: the broker says %s %s", subject, status, r.Header.Get("Description"))
-	case q.cfg.Replicas == 1:
+	case replicas == 1:
 		return nil, errNoPage
 	}
 	body, err := json.Marshal(map[string]string{"last_by_subj": subject})
 	if err != nil {
 		return nil, err
 	}
-	if r, err = q.app.RequestWithContext(ctx, "$JS.API.STREAM.MSG.GET."+StreamOut, body); err != nil {
+	if r, err = nc.RequestWithContext(ctx, "$JS.API.STREAM.MSG.GET."+stream, body); err != nil {
 		return nil, fmt.Errorf("queue: read %s from the leader: %w", subject, err)
 	}
 	var got struct {

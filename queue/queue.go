@@ -37,6 +37,7 @@ type Config struct {
 	OutputAge   time.Duration // how long a reply waits for its device (default 7 days)
 	ChangeBytes int64         // change data of one direction; full: capture waits (default 512 MiB)
 	DeadBytes   int64         // dead letters; full: the oldest go (default 256 MiB)
+	FileBytes   int64         // chunks of files; full: no more are taken (default 2 GiB)
 	AckWait     time.Duration // how long a stage may hold a part without a sign of life (default 1 minute)
 }
 
@@ -47,6 +48,7 @@ func (c *Config) defaults() {
 	set(&c.OutputAge, 7*24*time.Hour)
 	set(&c.ChangeBytes, 512<<20)
 	set(&c.DeadBytes, 256<<20)
+	set(&c.FileBytes, 2<<30)
 	set(&c.AckWait, time.Minute)
 }
 

@@ -17,6 +17,7 @@ const (
 	StreamDead = "WS_DLQ"     // parts that no stage could handle, with the reason
 	StreamDown = "WS_CD_DOWN" // change data source -> mirror
 	StreamUp   = "WS_CD_UP"   // change data mirror -> source
+	StreamFile = "WS_FILES"   // chunks of files: sync.file.<sha256 of the chunk>
 )
 
 // Directions of change data.
@@ -72,6 +73,11 @@ func (q *Queue) streams() []jetstream.StreamConfig {
 		{
 			Name: StreamDead, Subjects: []string{"sync.dlq.>"}, Description: "parts that could not be handled",
 			MaxAge: 90 * 24 * time.Hour, MaxBytes: q.cfg.DeadBytes,
+		},
+		{
+			// A chunk that is stored again takes its own place, with a new time.
+			Name: StreamFile, Subjects: []string{"sync.file.*"}, Description: "chunks of files, by their hash",
+			Discard: jetstream.DiscardNew, MaxMsgsPerSubject: 1, MaxBytes: q.cfg.FileBytes, AllowDirect: true,
 		},
 	}
 	for _, dir := range directions {
@@ -135,6 +141,7 @@ type Depth struct {
 	Dead   StreamDepth `json:"dead"`
 	Down   StreamDepth `json:"down"`
 	Up     StreamDepth `json:"up"`
+	Files  StreamDepth `json:"files"`
 
 	// Of the intake consumer.
 	Undelivered uint64 `json:"undelivered"` // parts that no stage has seen
@@ -154,7 +161,7 @@ func (q *Queue) Depth(ctx context.Context) (Depth, error) {
 	var d Depth
 	ctx, cancel := bounded(ctx)
 	defer cancel()
-	for name, into := range map[string]*StreamDepth{StreamIn: &d.Input, StreamOut: &d.Output, StreamDead: &d.Dead, StreamDown: &d.Down, StreamUp: &d.Up} {
+	for name, into := range map[string]*StreamDepth{StreamIn: &d.Input, StreamOut: &d.Output, StreamDead: &d.Dead, StreamDown: &d.Down, StreamUp: &d.Up, StreamFile: &d.Files} {
 		s, err := q.js.Stream(ctx, name)
 		if err != nil {
 			return Depth{}, fmt.Errorf("queue: depth of %s: %w", name, err)

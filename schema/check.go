@@ -28,6 +28,7 @@ func (d *Definitions) Check(tables []*Table) []Problem {
 			continue
 		}
 		c.columns(s, t)
+		c.fileColumn(s, t)
 		if s.Key == "" {
 			continue
 		}
@@ -153,6 +154,8 @@ func (d *Definitions) CheckLive(ctx context.Context, conn Beginner) ([]Problem, 
 				return nil, fmt.Errorf("check the conflict function of subscription %s: %w", s.Name, err)
 			}
 		}
+	}
+	for _, s := range append(slices.Clip(d.Subscriptions), d.fileQueries()...) {
 		if s.Key == "" || s.rows == nil || s.keyType == "" {
 			continue
 		}
@@ -188,6 +191,9 @@ func (c *checker) live(ctx context.Context, conn Beginner, s *Subscription) erro
 		c.bad(s.places["rows"], fmt.Sprintf("rows gives %d columns", len(raw.Fields)), "select exactly one: the values of "+s.Key)
 		return nil
 	}
+	if s.Table == "" {
+		return c.plans(ctx, pg, s) // a key in a path: any type has a text
+	}
 	// An implicit cast at most: anything else could fail for one user's values in the middle of a sync.
 	var good bool
 	var got string
@@ -206,6 +212,11 @@ func (c *checker) live(ctx context.Context, conn Beginner, s *Subscription) erro
 			fmt.Sprintf("cast in the query: (...)::%s", s.keyType))
 		return nil
 	}
+	return c.plans(ctx, pg, s)
+}
+
+// plans has a rows query planned.
+func (c *checker) plans(ctx context.Context, pg *pgconn.PgConn, s *Subscription) error {
 	// Planning starts the executor, which checks the privileges. As the whole key query, so that nothing can hide in how it is
 	// used; with nulls, which no cast refuses.
 	r := pg.ExecParams(ctx, "EXPLAIN "+s.KeyQuery("$1", "$2"), [][]byte{nil, nil}, nil, nil, nil).Read()

@@ -51,6 +51,9 @@ type Subscription struct {
 	Conflict  ConflictPolicy
 	Function  string // "schema.name", with ConflictFunction only
 
+	FileColumn string // column that holds the path of a file; empty: none
+	File       string // FileAny, FileBefore; empty as FileAny
+
 	rows    *rowsQuery
 	keyType string // the key column's type in the mirror, once checked
 	place   place
@@ -61,7 +64,7 @@ type Subscription struct {
 // Set is a subscription set: what is synced in one session, in this order.
 type Set struct {
 	Name          string   `json:"name"`
-	Subscriptions []string `json:"subscriptions"`
+	Subscriptions []string `json:"subscriptions"` // of tables and of files
 	place         place
 	places        []place
 }
@@ -79,6 +82,7 @@ type Definitions struct {
 	File          string // for messages
 	Body          string // the file as written
 	Subscriptions []*Subscription
+	Files         []*FileSubscription
 	Sets          []Set
 	Groups        []Group
 }

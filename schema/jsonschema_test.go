@@ -55,6 +55,11 @@ func TestJSONSchema(t *testing.T) {
 		"    conflict: reject\n", "    conflict: columns\n", "    conflict: last-writer\n", "    conflict: source\n", "    conflict: {function: a.b}\n"} {
 		right = append(right, with(s))
 	}
+	file := func(settings string) string { return "version: 1\nfiles:\n  f:\n" + settings }
+	for _, s := range []string{"    path: manuals/**\n", "    path: p/{key}/*\n    rows: SELECT 1\n", "    path: p/**\n    upload: true\n    max_size: 10MiB\n", "    path: p/**\n    upload: true\n    max_size: 4096\n"} {
+		right = append(right, file(s))
+	}
+	right = append(right, with("    file_column: photo\n"), with("    file_column: photo\n    file: before\n"), "version: 1\nfiles:\n")
 	for _, body := range right {
 		if s, p := verdicts(body); s != nil || p != nil {
 			t.Errorf("%s\nthe schema says %v\nthe parser says %v", body, s, p)
@@ -68,6 +73,11 @@ func TestJSONSchema(t *testing.T) {
 		"    conflict: function\n", "    conflict: {}\n", "    conflict: {function: f}\n", "    conflict: {function: a.b, more: 1}\n"} {
 		wrong = append(wrong, with(s))
 	}
+	for _, s := range []string{"    {}\n", "    path: ''\n", "    path: p/{key}/*\n", "    path: p/*\n    rows: SELECT 1\n", "    path: p/*\n    max_size: 1MiB\n", "    path: p/*\n    upload: perhaps\n",
+		"    path: p/*\n    upload: true\n    max_size: big\n", "    path: p/*\n    key: x\n"} {
+		wrong = append(wrong, file(s))
+	}
+	wrong = append(wrong, with("    file: before\n"), with("    file_column: photo\n    file: after\n"), "version: 1\nfiles: []\n")
 	for _, body := range wrong {
 		if s, p := verdicts(body); s == nil || p == nil {
 			t.Errorf("%s\nthe schema says %v\nthe parser says %v", body, s, p)
@@ -94,5 +104,6 @@ func TestJSONSchema(t *testing.T) {
 	}
 	same("file", at("properties"), fileKeys)
 	same("subscription", at("$defs", "subscription", "properties"), subscriptionKeys)
+	same("file subscription", at("$defs", "file", "properties"), fileSubscriptionKeys)
 	same("group", at("properties", "groups", "additionalProperties", "properties"), groupKeys)
 }

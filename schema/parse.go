@@ -20,8 +20,8 @@ const maxDefinitions = 4 << 20 // bytes
 
 // The keys of a definitions file; definitions.schema.json has the same.
 var (
-	fileKeys         = []string{"version", "subscriptions", "sets", "groups"}
-	subscriptionKeys = []string{"table", "columns", "key", "rows", "direction", "allow", "reject", "conflict"}
+	fileKeys         = []string{"version", "subscriptions", "files", "sets", "groups"}
+	subscriptionKeys = []string{"table", "columns", "key", "rows", "direction", "allow", "reject", "conflict", "file_column", "file"}
 	groupKeys        = []string{"sets"}
 )
 
@@ -91,6 +91,8 @@ func (p *parser) document(body []byte) {
 			}
 		case "subscriptions":
 			p.named(v, "subscription", func(name string, k, v *yaml.Node) { p.subscription(name, k, v) })
+		case "files":
+			p.named(v, "file subscription", p.fileSubscription)
 		case "sets":
 			p.named(v, "set", func(name string, k, v *yaml.Node) {
 				values, places := p.list(v, "a set is a list of subscriptions")
@@ -160,7 +162,7 @@ func (p *parser) group(name string, k, v *yaml.Node) {
 
 func (p *parser) subscription(name string, k, v *yaml.Node) {
 	s := &Subscription{Name: name, Direction: TwoWay, Allow: "IUD", Reject: RejectRecord, Conflict: ConflictReject, place: at(k), places: map[string]place{}}
-	var allow, reject, policy *yaml.Node
+	var allow, reject, policy, file *yaml.Node
 	p.mapping(v, "a subscription", subscriptionKeys, func(key string, k, v *yaml.Node) {
 		s.places[key] = at(v)
 		switch key {
@@ -174,14 +176,7 @@ func (p *parser) subscription(name string, k, v *yaml.Node) {
 		case "key":
 			s.Key = p.scalar(v, "the name of the column that decides whose row it is")
 		case "rows":
-			s.Rows = p.scalar(v, "an SQL query for the key values that a user may see")
-			q, qe := parseRows(s.Rows)
-			if qe != nil {
-				at := p.inText(v, s.Rows, qe.offset)
-				p.bad(&yaml.Node{Line: at.line, Column: at.column}, "rows: "+qe.message, qe.remedy)
-			}
-			s.rows = q
-			s.places["rows"] = p.inText(v, s.Rows, 0)
+			p.rowsQuery(s, v)
 		case "direction":
 			s.Direction = Direction(p.scalar(v, "two-way, download-only or upload-only"))
 			all := []string{string(TwoWay), string(DownloadOnly), string(UploadOnly)}
@@ -200,6 +195,11 @@ func (p *parser) subscription(name string, k, v *yaml.Node) {
 		case "conflict":
 			policy = v
 			p.conflict(s, v)
+		case "file_column":
+			s.FileColumn = p.scalar(v, "the name of the column that holds a file's path")
+		case "file":
+			file = v
+			s.File = p.scalar(v, "any or before")
 		}
 	})
 	if resolve(v).Kind != yaml.MappingNode {
@@ -224,7 +224,20 @@ func (p *parser) subscription(name string, k, v *yaml.Node) {
 			p.bad(policy, "a download-only subscription has no uploads that could conflict", "remove conflict, or use direction: two-way")
 		}
 	}
+	p.fileRule(s, file)
 	p.d.Subscriptions = append(p.d.Subscriptions, s)
+}
+
+// rowsQuery reads a query for key values.
+func (p *parser) rowsQuery(s *Subscription, v *yaml.Node) {
+	s.Rows = p.scalar(v, "an SQL query for the key values that a user may see")
+	q, qe := parseRows(s.Rows)
+	if qe != nil {
+		at := p.inText(v, s.Rows, qe.offset)
+		p.bad(&yaml.Node{Line: at.line, Column: at.column}, "rows: "+qe.message, qe.remedy)
+	}
+	s.rows = q
+	s.places["rows"] = p.inText(v, s.Rows, 0)
 }
 
 var operations = map[string]string{"insert": "I", "update": "U", "delete": "D"}
@@ -289,6 +302,12 @@ func (p *parser) references() {
 	for _, s := range p.d.Subscriptions {
 		subs = append(subs, s.Name)
 	}
+	for _, f := range p.d.Files {
+		if s := p.d.subscription(f.Name); s != nil {
+			p.badAt(f.place, fmt.Sprintf("%q is the name of a subscription, too", f.Name), "give the file subscription another name: sets name both kinds")
+		}
+		subs = append(subs, f.Name)
+	}
 	for _, s := range p.d.Sets {
 		sets = append(sets, s.Name)
 	}
@@ -296,8 +315,11 @@ func (p *parser) references() {
 		tables := map[string]string{}
 		for i, name := range s.Subscriptions {
 			sub := p.d.subscription(name)
+			if sub == nil && p.d.file(name) != nil {
+				continue
+			}
 			if sub == nil {
-				p.badAt(s.places[i], fmt.Sprintf("no subscription %q", name), orElse(didYouMean(name, subs), "define it under subscriptions"))
+				p.badAt(s.places[i], fmt.Sprintf("no subscription %q", name), orElse(didYouMean(name, subs), "define it under subscriptions or files"))
 				continue
 			}
 			if first, ok := tables[sub.Table]; ok {

@@ -272,3 +272,35 @@ func TestNurseDefinitions(t *testing.T) {
 		t.Log(p)
 	}
 }
+
+// What only the parser sees of file subscriptions, with its place.
+func TestParseFiles(t *testing.T) {
+	d, problems := ParseDefinitions("d.yaml", []byte("version: 1\nfiles:\n  wounds: {path: \"patients/{key}/**\", rows: \"select :user\", upload: true, max_size: 10 MiB}\n  all: {path: \"**\"}\nsets: {s: [wounds, all]}\ngroups: {g: {sets: [s]}}\n"))
+	if d == nil || len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	f := d.FilesFor([]string{"g"})
+	if len(f) != 2 || f[0].MaxSize != 10<<20 || !f[0].Upload || f[1].Upload || f[0].KeyQuery("$1", "$2") == "" || f[1].KeyQuery("$1", "$2") != "" {
+		t.Errorf("%+v", f)
+	}
+	if w := d.Wire("s", nil); w == nil || len(w.Files) != 2 || w.Files[0].MaxSize != 10<<20 || w.Files[1].MaxSize != 0 {
+		t.Errorf("%+v", w)
+	}
+	for body, want := range map[string]string{
+		"version: 1\nfiles: {f: {path: a**}}\n":                                       "d.yaml:2:19",
+		"version: 1\nfiles: {f: {path: ../x}}\n":                                      "d.yaml:2:19",
+		"version: 1\nfiles: {f: {path: \"{key}/*\", rows: select 1; select 2}}\n":     "rows:",
+		"version: 1\nsubscriptions: {f: {table: a.b}}\nfiles: {f: {path: x}}\n":       "name of a subscription, too",
+		"version: 1\nfiles: {f: {path: x}}\nsets: {s: [g]}\n":                         "no subscription \"g\"",
+		"version: 1\nfiles: {f: {path: x, upload: true, max_size: 65GiB}}\n":          "max_size",
+		"version: 1\nfiles: {f: {path: \"{key}/x\"}}\n":                               "no rows",
+		"version: 1\nfiles: {f: {path: x, rows: select 1}}\n":                         "no {key}",
+		"version: 1\nsubscriptions: {s: {table: a.b, file: before}}\n":                "file_column",
+		"version: 1\nsubscriptions: {s: {table: a.b, file: befor, file_column: c}}\n": "unknown file rule",
+	} {
+		d, problems := ParseDefinitions("d.yaml", []byte(body))
+		if d != nil || len(problems) != 1 || !strings.Contains(problems[0].String(), want) {
+			t.Errorf("%s: %v, want one with %q", body, problems, want)
+		}
+	}
+}

@@ -15,11 +15,11 @@ import (
 	"github.com/waystage/waystage/protocol"
 )
 
-// Wire describes a set's tables to a device, in the set's order. The hash changes exactly when the description does.
+// Wire describes a set's tables and files to a device, in the set's order. The hash changes exactly when the description does.
 // It is nil when there is no such set.
 func (d *Definitions) Wire(set string, tables []*Table) *protocol.Definitions {
-	subs := d.SubscriptionsOf(set)
-	if len(subs) == 0 {
+	subs, files := d.SubscriptionsOf(set), d.wireFiles(set)
+	if len(subs)+len(files) == 0 {
 		return nil
 	}
 	byName, inSet := map[string]*Table{}, map[string][]Column{}
@@ -38,7 +38,7 @@ func (d *Definitions) Wire(set string, tables []*Table) *protocol.Definitions {
 			continue
 		}
 		cols := inSet[s.Table]
-		pt := protocol.Table{Name: s.Table, Key: t.Key, SubsetKey: s.Key, Operations: s.Allow}
+		pt := protocol.Table{Name: s.Table, Key: t.Key, SubsetKey: s.Key, Operations: s.Allow, FileColumn: s.FileColumn, FileBefore: s.File == FileBefore}
 		for _, c := range cols {
 			pt.Columns = append(pt.Columns, protocol.Column{Name: c.Name, Type: c.Type, NotNull: c.NotNull, Default: c.Default})
 		}
@@ -56,6 +56,10 @@ func (d *Definitions) Wire(set string, tables []*Table) *protocol.Definitions {
 	}
 	// Only strings, booleans and lists of them: marshalling cannot fail.
 	text, _ := json.Marshal(out.Tables)
+	if out.Files = files; len(files) > 0 {
+		more, _ := json.Marshal(files)
+		text = append(text, more...)
+	}
 	sum := sha256.Sum256(text)
 	out.Hash = hex.EncodeToString(sum[:8])
 	return out

@@ -24,6 +24,9 @@ type set struct {
 	subs []*subscription // in sync order
 	byID map[string]*subscription
 	wire *protocol.Definitions
+
+	files []*fileSub
+	plain *protocol.Definitions // wire for devices that know no files
 }
 
 // subscription is a table of a set.
@@ -60,6 +63,10 @@ func NewCatalog(epoch string, layout int64, defs *schema.Definitions, tables []*
 			s.subs = append(s.subs, one)
 			s.byID[sub.Table] = one
 		}
+		for _, f := range defs.FilesOf(d.Name) {
+			s.files = append(s.files, newFileSub(f))
+		}
+		s.plain = withoutFiles(s.wire)
 		c.sets[d.Name] = s
 	}
 	return c

@@ -173,6 +173,22 @@ func (f *Follower) SetsOf(ctx context.Context, user string) (sets []string, epoc
 	return sets, epoch, err
 }
 
+// Definitions are those in force now, for what stands outside the stages.
+func (f *Follower) Definitions(ctx context.Context) (defs *schema.Definitions, err error) {
+	_, err = byCatalog(ctx, f, func(cat *Catalog) (int, error) {
+		var layout int64
+		if err := f.db.QueryRow(ctx, layoutSQL).Scan(&layout); err != nil {
+			return 0, fmt.Errorf("definitions in force: %w", err)
+		}
+		if layout != cat.layout {
+			return 0, &outdated{layout}
+		}
+		defs = cat.defs
+		return 0, nil
+	})
+	return defs, err
+}
+
 // Follow keeps up until ctx ends.
 func (f *Follower) Follow(ctx context.Context) error {
 	for ctx.Err() == nil {

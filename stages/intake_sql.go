@@ -260,7 +260,7 @@ func (in *Intake) insertSessions(ctx context.Context, tx pgx.Tx, cat *Catalog, r
 		waits                                             = make([]bool, n)
 		records                                           = make([]int, n)
 		received                                          = make([]time.Time, n)
-		verify                                            = make([]*string, n)
+		verify, files                                     = make([]*string, n), make([]*string, n)
 		byToken                                           = make(map[string]*incoming, n)
 	)
 	for i, r := range reqs {
@@ -273,21 +273,24 @@ func (in *Intake) insertSessions(ctx context.Context, tx pgx.Tx, cat *Catalog, r
 		if verify[i], err = demand(r.req.Verify); err != nil {
 			return err
 		}
+		if files[i], err = filesDemand(r.req.Files); err != nil {
+			return err
+		}
 	}
 	// A session without records has nothing to be merged.
 	rows, err := tx.Query(ctx, `
 		INSERT INTO waystage.session (device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
-			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify, judged_by, state, merged_at)
+			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify, files, judged_by, state, merged_at)
 		SELECT device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
-			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify::jsonb, $19,
+			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify::jsonb, files::jsonb, $20,
 			CASE WHEN records = 0 THEN 'merged' ELSE 'staged' END, CASE WHEN records = 0 THEN clock_timestamp() END
 		FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[],
-			$11::text[], $12::text[], $13::text[], $14::bytea[], $15::boolean[], $16::int[], $17::timestamptz[], $18::text[]) WITH ORDINALITY
+			$11::text[], $12::text[], $13::text[], $14::bytea[], $15::boolean[], $16::int[], $17::timestamptz[], $18::text[], $19::text[]) WITH ORDINALITY
 			AS u(device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
-			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify, ord)
+			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify, files, ord)
 		ORDER BY ord
 		RETURNING token, id`,
-		devices, ns, users, names, tokens, incs, nonces, sets, cursors, epochs, schemas, contentTypes, encodings, hashes, waits, records, received, verify, cat.layout)
+		devices, ns, users, names, tokens, incs, nonces, sets, cursors, epochs, schemas, contentTypes, encodings, hashes, waits, records, received, verify, files, cat.layout)
 	if err != nil {
 		return err
 	}

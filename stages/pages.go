@@ -20,10 +20,11 @@ type pages struct {
 	number int // of the page that is being filled
 	rows   int64
 
-	tables   []protocol.TableRows
-	verdicts []protocol.Verdict
-	verify   *protocol.Verified // what the page carries of a verification
-	size     int                // upper estimate of the page's encoded bytes
+	tables    []protocol.TableRows
+	verdicts  []protocol.Verdict
+	fileParts []protocol.FilesPart
+	verify    *protocol.Verified // what the page carries of a verification
+	size      int                // upper estimate of the page's encoded bytes
 
 	arena []byte // bytes of the row that is being read
 }
@@ -80,7 +81,7 @@ func (p *pages) textSize(s string) int {
 // a full page is put.
 func (p *pages) room(ctx context.Context, sub *subscription, size int) error {
 	need := size + p.header(sub)
-	if p.size+need > p.limit && (len(p.tables)+len(p.verdicts) > 0 || p.verify != nil) {
+	if p.size+need > p.limit && (len(p.tables)+len(p.verdicts)+len(p.fileParts) > 0 || p.verify != nil) {
 		if err := p.put(ctx, false); err != nil {
 			return err
 		}
@@ -180,7 +181,9 @@ func (p *pages) verdict(ctx context.Context, v protocol.Verdict) error {
 }
 
 // empty tells whether nothing was added yet.
-func (p *pages) empty() bool { return p.number == 1 && len(p.tables) == 0 && len(p.verdicts) == 0 }
+func (p *pages) empty() bool {
+	return p.number == 1 && len(p.tables)+len(p.verdicts)+len(p.fileParts) == 0
+}
 
 // put encodes the current page and stores it.
 func (p *pages) put(ctx context.Context, last bool) error {
@@ -193,7 +196,7 @@ func (p *pages) put(ctx context.Context, last bool) error {
 	}
 	page.V, page.Incarnation, page.N, page.Nonce = protocol.Version, p.s.incarnation, p.s.n, p.s.nonce
 	page.Reply, page.Page, page.Last, page.CursorFrom, page.Epoch = p.reply, p.number, last, p.s.cursorFrom, p.epoch
-	page.Tables, page.Verdicts, page.Verify = p.tables, p.verdicts, p.verify
+	page.Tables, page.Verdicts, page.Verify, page.Files = p.tables, p.verdicts, p.verify, p.fileParts
 	if p.number == 1 && p.s.asked {
 		if page.Verify == nil {
 			page.Verify = &protocol.Verified{}
@@ -208,7 +211,7 @@ func (p *pages) put(ctx context.Context, last bool) error {
 	}
 	if !last {
 		p.number++
-		p.tables, p.verdicts, p.verify, p.size = nil, nil, nil, pageOverhead
+		p.tables, p.verdicts, p.verify, p.fileParts, p.size = nil, nil, nil, nil, pageOverhead
 	}
 	return nil
 }

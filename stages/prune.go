@@ -161,10 +161,16 @@ func (p *Pruner) horizon(ctx context.Context) (cursors, tombstones int64, err er
 	if err != nil {
 		return 0, 0, fmt.Errorf("prune tombstones: %w", err)
 	}
+	files, err := tx.Exec(ctx, `
+		DELETE FROM waystage.file f WHERE f.sha256 IS NULL
+			AND f.version < (SELECT least(min(c.since), $1) FROM waystage.cursor c)`, bound)
+	if err != nil {
+		return 0, 0, fmt.Errorf("prune removed files: %w", err)
+	}
 	if err := tx.Commit(ctx); err != nil {
 		return 0, 0, fmt.Errorf("prune cursors and tombstones: %w", err)
 	}
-	return cursors, tag.RowsAffected(), nil
+	return cursors, tag.RowsAffected() + files.RowsAffected(), nil
 }
 
 // bound is a horizon that was current InFlight ago: no cursor that is still to be stored is older. It is kept in

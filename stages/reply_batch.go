@@ -121,8 +121,13 @@ func (b *replyBatch) admit(s *session) {
 		s.refusal = &protocol.Error{Code: protocol.CodeUnknownSet, Message: fmt.Sprintf("user %s has no subscription set %q", s.user, s.set)}
 		return
 	}
-	if wire := b.cat.sets[s.set].wire; wire != nil && wire.Hash != s.schema {
+	if wire := b.cat.sets[s.set].wireFor(s); wire != nil && wire.Hash != s.schema {
 		s.pages.first.Schema = wire
+	}
+	if s.filesKnown != nil {
+		for _, f := range b.cat.sets[s.set].files {
+			s.files = append(s.files, fileset{file: f})
+		}
 	}
 	for _, sub := range b.cat.sets[s.set].subs {
 		if sub.Downloads() {
@@ -151,6 +156,9 @@ func (b *replyBatch) compose() (err error) {
 	if err := b.rows(); err != nil {
 		return err
 	}
+	if err := b.files(); err != nil {
+		return err
+	}
 	if err := b.verify(); err != nil {
 		return err
 	}
@@ -164,6 +172,9 @@ func (b *replyBatch) compose() (err error) {
 func (b *replyBatch) resume(cursors map[string]*cursor) error {
 	for _, s := range b.sessions {
 		c := cursors[s.cursorFrom]
+		if c != nil && s.watching {
+			b.showFiles(s, c)
+		}
 		if c != nil && c.deviceID == s.deviceID && c.set == s.set && strings.HasPrefix(s.cursorFrom, b.cat.epoch+".") && c.keysets.Schema == b.schemaHash(s) {
 			s.from = c
 		}
@@ -172,12 +183,15 @@ func (b *replyBatch) resume(cursors map[string]*cursor) error {
 	if err := b.compare(); err != nil {
 		return fmt.Errorf("compare key sets: %w", err)
 	}
+	if err := b.compareFiles(); err != nil {
+		return fmt.Errorf("compare key sets of files: %w", err)
+	}
 	return nil
 }
 
 func (b *replyBatch) schemaHash(s *session) string {
 	if set := b.cat.sets[s.set]; set != nil && set.wire != nil {
-		return set.wire.Hash
+		return set.wireFor(s).Hash
 	}
 	return ""
 }
@@ -217,18 +231,26 @@ func (b *replyBatch) gather() (map[string]*cursor, error) {
 	}
 	var bad *setError
 	asked := false
+	settings := func() {
+		if !asked {
+			asked = true
+			for _, sql := range readerSettings {
+				batch.Queue(sql)
+			}
+		}
+	}
 	for _, s := range b.sessions {
+		s.fileKeys(batch, settings, func(e *setError) {
+			if bad == nil {
+				bad = e
+			}
+		})
 		for i := range s.tables {
 			t := &s.tables[i]
 			if t.sub.Key == "" || s.refusal != nil {
 				continue
 			}
-			if !asked {
-				asked = true
-				for _, sql := range readerSettings {
-					batch.Queue(sql)
-				}
-			}
+			settings()
 			batch.Queue(t.sub.reply.keys, s.user, s.attributes).Query(func(rows pgx.Rows) (err error) {
 				if t.all, err = pgx.CollectRows(rows, pgx.RowTo[string]); err != nil && bad == nil {
 					bad = &setError{set: s.set, table: t.sub.Table, err: err}
@@ -366,7 +388,8 @@ func diff(old, now []string) (kept, fresh, gone []string) {
 }
 
 func (s *session) keysChanged() bool {
-	return slices.ContainsFunc(s.tables, func(t subset) bool { return t.sub.Key != "" && t.keyset == 0 })
+	return slices.ContainsFunc(s.tables, func(t subset) bool { return t.sub.Key != "" && t.keyset == 0 }) ||
+		slices.ContainsFunc(s.files, func(f fileset) bool { return f.file.Pattern.HasKey && f.keyset == 0 })
 }
 
 // nobodysVersion is set in the version that a device is told for what a policy merged with others' work: no row has such a version. What
@@ -453,6 +476,11 @@ func (b *replyBatch) keepCursors() error {
 				missing = append(missing, t)
 			}
 		}
+		for i := range s.files {
+			if f := &s.files[i]; f.file.Pattern.HasKey && f.keyset == 0 {
+				missing = append(missing, &f.subset)
+			}
+		}
 	}
 	slices.SortFunc(missing, func(a, b *subset) int { return bytes.Compare(a.hash, b.hash) })
 	tx, err := b.conn.BeginTx(b.ctx, byIndex(""))
@@ -477,6 +505,11 @@ func (b *replyBatch) keepCursors() error {
 		for _, t := range s.tables {
 			if t.sub.Key != "" {
 				k.Tables[t.sub.Table] = t.keyset
+			}
+		}
+		for _, f := range s.files {
+			if f.file.Pattern.HasKey {
+				k.Tables[f.keysetName()] = f.keyset
 			}
 		}
 		body, err := json.Marshal(k)

@@ -215,7 +215,8 @@ func (r *Reply) news(ctx context.Context, conn *pgxpool.Conn, cat *Catalog, list
 		held := map[string]bool{}
 		for _, ask := range one.ask.Sets {
 			held[ask.Set] = true
-			s := &session{deviceID: id, user: one.user, device: one.device, groups: groups, attributes: attributes, set: ask.Set, cursorFrom: ask.Cursor}
+			s := &session{deviceID: id, user: one.user, device: one.device, groups: groups, attributes: attributes, set: ask.Set, cursorFrom: ask.Cursor,
+				watching: true, filesKnown: &protocol.FilesRequest{}}
 			s.pages = newPages(s, nil, r.cfg, cat.epoch)
 			if b.admit(s); s.refusal != nil || ask.Cursor == "" {
 				news[one] = append(news[one], ask.Set)
@@ -320,6 +321,15 @@ func (b *replyBatch) rowsWait(found func(*session)) error {
 				batch.Queue(t.sub.reply.news, s.from.xmin, seen).QueryRow(answer)
 			case len(t.kept) > 0:
 				batch.Queue(t.sub.reply.news, s.from.xmin, t.kept, t.all, seen).QueryRow(answer)
+			}
+		}
+		for i := range s.files {
+			f := &s.files[i]
+			switch {
+			case !f.file.Pattern.HasKey:
+				batch.Queue(f.file.news, s.from.xmin, seen).QueryRow(answer)
+			case len(f.kept) > 0:
+				batch.Queue(f.file.news, s.from.xmin, seen, f.kept).QueryRow(answer)
 			}
 		}
 	}

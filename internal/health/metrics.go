@@ -56,6 +56,10 @@ var (
 	descDevices   = desc("devices", "Devices.", "state")
 	descStopped   = desc("table_stopped", "1 for each table that does not take part in replication until a person acts.", "table", "code")
 	descWaiting   = desc("table_waiting_records", "Devices' records that wait for a stopped table.", "table")
+	descFiles     = desc("files", "Files that devices subscribe to.")
+	descFileBytes = desc("files_bytes", "Bytes of their different contents.")
+	descFilesLost = desc("files_lost", "Files whose content the queue's store has lost.")
+	descUploads   = desc("file_uploads_open", "Uploads of files by devices that are under way.")
 	descPoolSize  = desc("pool_size", "Workers asked of a stage, per process.", "stage")
 	descPoolRuns  = desc("pool_running", "1 if the stage is not paused or drained.", "stage")
 	descXmin      = desc("xmin_age_transactions", "Transactions since the oldest one still running; replies send again what is newer than it.", "database")
@@ -65,7 +69,7 @@ var (
 // Describe implements prometheus.Collector.
 func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{descScrape, descLagBytes, descLagSecs, descRetained, descSafe, descSlotOK, descSlotUsed, descQueue, descQueueSize,
-		descQueueAge, descSessions, descTaken, descOldest, descPending, descPendOld, descRejects, descStopped, descWaiting, descDevices, descPoolSize, descPoolRuns, descXmin, descOldTx} {
+		descQueueAge, descSessions, descTaken, descOldest, descPending, descPendOld, descRejects, descStopped, descWaiting, descDevices, descFiles, descFileBytes, descFilesLost, descUploads, descPoolSize, descPoolRuns, descXmin, descOldTx} {
 		ch <- d
 	}
 }
@@ -115,6 +119,10 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	gauge(descDevices, float64(s.Devices.Active), "active")
 	gauge(descDevices, float64(s.Devices.Stale), "stale")
 	gauge(descDevices, float64(s.Devices.Blocked), "blocked")
+	gauge(descFiles, float64(s.Files.Count))
+	gauge(descFileBytes, float64(s.Files.Bytes))
+	gauge(descFilesLost, float64(s.Files.Lost))
+	gauge(descUploads, float64(s.Files.Uploads))
 	for _, p := range s.Pools {
 		gauge(descPoolSize, float64(p.Size), p.Stage)
 		gauge(descPoolRuns, number(p.Mode == "run"), p.Stage)

@@ -32,6 +32,7 @@ type Snapshot struct {
 	Sessions Sessions          `json:"sessions"`
 	Devices  Devices           `json:"devices"`
 	Rejects  map[string]int64  `json:"rejects"` // records in the log that no operator has handled, by code
+	Files    Files             `json:"files"`
 	Queues   []Queue           `json:"queues"`
 	Pools    []Pool            `json:"pools"`
 	Troubles []trouble.Trouble `json:"troubles"` // parts that stand still until a person acts
@@ -111,6 +112,14 @@ type Devices struct {
 	Stale    int64 `json:"stale"`  // did not sync for 30 days
 	Blocked  int64 `json:"blocked"`
 	Users    int64 `json:"users"`
+}
+
+// Files counts the files that devices subscribe to.
+type Files struct {
+	Count   int64 `json:"count"`
+	Bytes   int64 `json:"bytes"`   // of the different contents
+	Lost    int64 `json:"lost"`    // files whose content the queue's store has lost
+	Uploads int64 `json:"uploads"` // of devices, under way
 }
 
 // Queue is one stream of the broker.
@@ -255,6 +264,14 @@ func (r *Reader) readMirror(ctx context.Context, s *Snapshot) error {
 		       count(*) FILTER (WHERE public_key IS NOT NULL AND coalesce(last_sync_at, enrolled_at) < now() - interval '30 days'),
 		       count(*) FILTER (WHERE blocked)
 		  FROM waystage.device`).Scan(&s.Devices.Enrolled, &s.Devices.Active, &s.Devices.Stale, &s.Devices.Blocked); err != nil {
+		return err
+	}
+	if err := r.mirror.QueryRow(ctx, `
+		SELECT (SELECT count(*) FROM waystage.file WHERE sha256 IS NOT NULL),
+		       (SELECT coalesce(sum(size), 0)::bigint FROM waystage.blob),
+		       (SELECT count(*) FROM waystage.blob b JOIN waystage.file f USING (sha256) WHERE b.lost_at IS NOT NULL),
+		       (SELECT count(*) FROM waystage.upload WHERE state IN ('receiving', 'stored'))`).
+		Scan(&s.Files.Count, &s.Files.Bytes, &s.Files.Lost, &s.Files.Uploads); err != nil {
 		return err
 	}
 	rows, err := r.mirror.Query(ctx, `SELECT coalesce(c.code, ''), count(*) FROM waystage.change c WHERE c.state IN ('rejected', 'refused')

@@ -28,6 +28,7 @@ const (
 	ApplyDown   Seat = 2
 	CaptureUp   Seat = 3
 	ApplyUp     Seat = 4
+	Directory   Seat = 5 // publishes files from a directory
 )
 
 const (

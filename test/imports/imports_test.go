@@ -26,6 +26,7 @@ var allowed = map[string][]string{
 	"internal/nettest":   {},
 	"internal/registry":  {"protocol", "internal/pgerr"},
 	"internal/health":    {"internal/trouble"},
+	"internal/files":     {"protocol", "schema"},
 	"internal/pgcluster": {},
 	"internal/nurse":     {"schema"},
 	"queue":              {"protocol", "change"},

@@ -118,6 +118,7 @@ CREATE TABLE waystage.session (
     closed_at     timestamptz,                  -- when the device said, or showed, that it has applied the reply
     pages         int    NOT NULL DEFAULT 0,
     verify        jsonb,                        -- what is to be verified in the reply; null: the device knows of no verification
+    files         jsonb,                        -- what the device says of files; null: it knows of none
     UNIQUE (incarnation, n)
 ) WITH (fillfactor = 80);
 CREATE INDEX session_staged ON waystage.session (id) WHERE state = 'staged';
@@ -328,6 +329,67 @@ CREATE TABLE waystage.keyset (
     keys text[] NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now()
 );
+
+-- Contents of files, by their hash. The bytes are in the queue's store, cut into chunks, each under its own hash; what is
+-- true of a file is here.
+CREATE TABLE waystage.blob (
+    sha256    bytea PRIMARY KEY CHECK (length(sha256) = 32),
+    size      bigint NOT NULL,
+    chunks    bytea[] NOT NULL,                 -- hashes of the chunks, in order
+    stored_at timestamptz NOT NULL DEFAULT now(), -- last time that somebody wanted it
+    lost_at   timestamptz                       -- a chunk of it was not in the store; null: not known to be lost
+);
+CREATE INDEX blob_lost ON waystage.blob (sha256) WHERE lost_at IS NOT NULL;
+
+-- Files as they are. A removed one leaves its path, until no cursor needs to hear of it.
+CREATE TABLE waystage.file (
+    path         text COLLATE "C" PRIMARY KEY,
+    version      bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint,
+    sha256       bytea REFERENCES waystage.blob, -- null: removed
+    size         bigint NOT NULL DEFAULT 0,
+    content_type text NOT NULL DEFAULT '',
+    published_at timestamptz NOT NULL DEFAULT now(),
+    published_by text NOT NULL DEFAULT '',      -- 'user/device', or who ran the command
+    origin       text NOT NULL DEFAULT '' CHECK (origin IN ('', 'directory', 'device')),
+    device_id    bigint                         -- origin device: which
+);
+CREATE INDEX ON waystage.file (version);
+CREATE INDEX ON waystage.file (sha256) WHERE sha256 IS NOT NULL;
+CREATE INDEX ON waystage.file (published_by) WHERE origin = 'device';
+
+-- Contents that a path had before, and may be on their way to devices: fetched under the rules of the path until the grace
+-- time is over. Those of a removed file are not here.
+CREATE TABLE waystage.file_before (
+    path        text COLLATE "C" NOT NULL REFERENCES waystage.file ON DELETE CASCADE,
+    sha256      bytea NOT NULL REFERENCES waystage.blob,
+    replaced_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (sha256, path)
+);
+CREATE INDEX ON waystage.file_before (path);
+
+-- Changes of files by devices, from the offer to the outcome, and its receipt.
+CREATE TABLE waystage.upload (
+    device_id    bigint NOT NULL REFERENCES waystage.device ON DELETE CASCADE,
+    id           text   NOT NULL,               -- drawn by the device
+    path         text   COLLATE "C" NOT NULL,
+    op           text   NOT NULL CHECK (op IN ('put', 'rm')),
+    base         bytea,                         -- content that the change was made on; null: there was no such file
+    sha256       bytea,
+    size         bigint NOT NULL DEFAULT 0,
+    content_type text   NOT NULL DEFAULT '',
+    chunks       bytea[] NOT NULL DEFAULT '{}', -- hashes of those that are in the store; null: not yet
+    state        text   NOT NULL CHECK (state IN ('receiving', 'stored', 'applied', 'rejected')),
+    code         text   CHECK (code IN ('stale_version', 'row_deleted', 'row_exists', 'not_subscribed', 'operation_not_allowed', 'file_too_big', 'file_quota', 'file_content')),
+    detail       text,
+    right_sha256 bytea,                         -- rejected: what stood there
+    version      bigint NOT NULL DEFAULT 0,     -- applied: that the file has by it
+    created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    touched_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
+    decided_at   timestamptz,
+    PRIMARY KEY (device_id, id)
+);
+CREATE INDEX upload_open ON waystage.upload (touched_at) WHERE state IN ('receiving', 'stored');
+CREATE INDEX ON waystage.upload (decided_at) WHERE decided_at IS NOT NULL;
 
 -- What the operator asked of each worker pool.
 CREATE TABLE waystage.pool (
