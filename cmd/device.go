@@ -21,7 +21,7 @@ func newDevice(a *app) *cobra.Command {
 	c.PersistentFlags().StringVarP(&path, "file", "f", "", "the device's SQLite file")
 	_ = c.MarkPersistentFlagFilename("file", "db", "sqlite")
 	c.AddCommand(newEnrol(a, &path), newSync(a, &path), newDeviceStatus(a, &path), newDeviceLog(a, &path), newDeviceSyncs(a, &path),
-		newDeviceRejects(a, &path), newPending(a, &path), newKeep(a, &path), newRepair(a, &path), newDeviceVerify(a, &path))
+		newDeviceRejects(a, &path), newPending(a, &path), newKeep(a, &path), newRepair(a, &path), newDeviceVerify(a, &path), newDeviceFiles(a, &path))
 	return c
 }
 
@@ -73,6 +73,10 @@ func deviceRemedy(err error) string {
 		return "ask the operator: 'waystage devices unblock USER/DEVICE' lets the device go on where it stopped"
 	case errors.Is(err, device.ErrLogin):
 		return "check user and password; enrol again if the device was removed; if neither is it, sync again later: edits are kept in the file"
+	case errors.Is(err, device.ErrDisk):
+		return "make room; the next sync goes on with the files where this one stopped"
+	case errors.Is(err, device.ErrFiles):
+		return "the next sync goes on with the files where this one stopped; 'waystage device files ls' shows what is missing"
 	case errors.Is(err, device.ErrUnreachable):
 		return "edits are kept in the file; sync again later, it goes on where it stopped"
 	case errors.Is(err, device.ErrNotEnrolled):
@@ -203,6 +207,12 @@ func (a *app) sync(ctx context.Context, path string, o device.SyncOptions, f for
 		if err != nil {
 			return err
 		}
+		if rep.Files.Rejected > 0 {
+			a.say("%d changes of files were rejected: waystage device files log --file %s", rep.Files.Rejected, path)
+		}
+		if rep.Rejected == 0 && rep.Files.Rejected > 0 {
+			return silent(exitRejected)
+		}
 		if rep.Rejected > 0 {
 			a.say("%d records were rejected: waystage device rejects ls --file %s", rep.Rejected, path)
 			return silent(exitRejected)
@@ -225,6 +235,9 @@ func (a *app) printReport(r device.Report) {
 		}
 		fmt.Fprintf(a.out, "%s: sent %d, merged %d, applied %d, rejected %d; received %d rows, removed %d (%s up, %s down, %s%s)\n",
 			s.Set, s.Sent, s.Merged, s.Applied, s.Rejected, s.Rows, s.Deleted, human(s.BytesUp), human(s.BytesDown), span(s.Duration), notes)
+	}
+	if n := r.Files; n.Fetched+n.Sent+n.Missing > 0 {
+		fmt.Fprintf(a.out, "files: fetched %d (%s), sent %d, rejected %d; %d are still to be fetched\n", n.Fetched, human(n.Bytes), n.Sent, n.Rejected, n.Missing)
 	}
 	if r.Forked {
 		a.say("note: the file goes on under a new incarnation (it was restored or copied, or the mirror was made anew); its edits were kept")

@@ -129,6 +129,11 @@ func (d *Device) apply(t *txn, sess *session, rep *SetReport, progress func(done
 			}
 			progress(rep.Rows+rep.Deleted, total)
 		}
+		for i := range page.Files {
+			if err := d.filesPart(in, &page.Files[i]); err != nil {
+				return err
+			}
+		}
 		last = page
 	}
 	if !last.Last || last.Cursor == "" {
@@ -139,6 +144,9 @@ func (d *Device) apply(t *txn, sess *session, rep *SetReport, progress func(done
 		if err := in.sweep(); err != nil {
 			return err
 		}
+	}
+	if err := d.settleFiles(in, sess, first.Refresh); err != nil {
+		return err
 	}
 	if err := t.settle(c, sess, first, last, again); err != nil {
 		return err

@@ -66,6 +66,9 @@ func (t *txn) define(name string, defs *protocol.Definitions) (more bool, err er
 			return false, err
 		}
 	}
+	if err := t.defineFiles(name, defs.Files); err != nil {
+		return false, err
+	}
 	if err := t.exec(`UPDATE _ws_set SET hash = ? WHERE name = ?`, defs.Hash, name); err != nil {
 		return false, err
 	}
@@ -343,6 +346,9 @@ func (t *txn) adopt(c *catalogue, names []string, todo int) error {
 func (t *txn) dropGone() error {
 	c, err := t.load()
 	if err != nil {
+		return err
+	}
+	if err := t.leaveFiles(); err != nil {
 		return err
 	}
 	for _, tab := range c.order {

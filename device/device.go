@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"github.com/nats-io/nkeys"
 	"go.uber.org/zap"
@@ -17,9 +18,10 @@ import (
 
 // Options of a Device. The zero value is good.
 type Options struct {
-	DB  *sql.DB // bring your own database handle; Open then ignores its path, and Close leaves the handle open
-	Log *zap.Logger
-	App string // application version, told to the server for the operator's eyes
+	DB    *sql.DB // bring your own database handle; Open then ignores its path, and Close leaves the handle open
+	Log   *zap.Logger
+	Files string // folder for the contents of files; empty: beside the SQLite file, with -files after its name; with DB: none
+	App   string // application version, told to the server for the operator's eyes
 
 	Dial        Dialer // nil: DialNATS
 	ContentType string // protocol.ContentCBOR (default) or protocol.ContentJSON
@@ -41,6 +43,9 @@ type Device struct {
 	patience   patience
 	durability string // of our own transactions: FULL (tests, which look at order and not at the disk, take OFF)
 	syncing    sync.Mutex
+
+	files    string      // folder of the contents of files; empty: the device keeps none
+	sweepDue atomic.Bool // contents may be there that nothing names
 }
 
 // Open opens a file, and makes it one that can be enrolled if it is new. The application's tables appear with the
@@ -74,7 +79,12 @@ func Open(ctx context.Context, path string, o Options) (*Device, error) {
 		o.Limits = protocol.DefaultLimits()
 	}
 	d := &Device{db: o.DB, opts: o, log: o.Log, patience: usual, durability: "FULL"}
+	d.files = o.Files
+	d.sweepDue.Store(true)
 	if d.db == nil {
+		if d.files == "" {
+			d.files = path + "-files"
+		}
 		d.own = true
 		// The file will hold the device's key: nobody else may read it.
 		f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)

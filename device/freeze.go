@@ -111,6 +111,9 @@ func (d *Device) freeze(t *txn, c *catalogue, st state, s *set, wait string) (se
 	if req.Verify, err = t.verification(s, protocol.SessionToken(req.Incarnation, req.N)); err != nil {
 		return nil, false, err
 	}
+	if req.Files, err = d.filesTold(t); err != nil {
+		return nil, false, err
+	}
 	data, err := protocol.Encode(&req, d.opts.ContentType)
 	if err != nil {
 		return nil, false, err

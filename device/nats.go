@@ -91,7 +91,10 @@ type natsTransport struct {
 
 // Timeouts of one call. The gateway holds a get for up to five seconds, a watch for half a minute.
 const (
-	callTimeout  = 10 * time.Second
+	callTimeout = 10 * time.Second
+
+	commitTimeout = 2 * time.Minute // the server reads the whole content
+
 	getTimeout   = 20 * time.Second
 	watchTimeout = 45 * time.Second
 )
@@ -203,6 +206,38 @@ func (t *natsTransport) News(ctx context.Context, ask protocol.Watch) (protocol.
 	}
 	m, err := t.call(ctx, watchTimeout, Payload{ContentType: protocol.ContentJSON, Data: data}, protocol.VerbWatch)
 	return answer(m, err, func(a *protocol.News) *protocol.Error { return a.Error })
+}
+
+func (t *natsTransport) FileGet(ctx context.Context, sha256 string, n int) ([]byte, error) {
+	m, err := t.call(ctx, callTimeout, Payload{}, protocol.VerbFileGet, sha256, strconv.Itoa(n))
+	if err != nil {
+		return nil, err
+	}
+	if e := refused(m); e != nil {
+		return nil, e
+	}
+	return m.Data, nil
+}
+
+func (t *natsTransport) fileReceipt(ctx context.Context, timeout time.Duration, data []byte, verb string, tokens ...string) (protocol.FileReceipt, error) {
+	m, err := t.call(ctx, timeout, Payload{Data: data}, verb, tokens...)
+	return answer(m, err, func(a *protocol.FileReceipt) *protocol.Error { return a.Error })
+}
+
+func (t *natsTransport) FileOffer(ctx context.Context, id string, o protocol.FileOffer) (protocol.FileReceipt, error) {
+	data, err := json.Marshal(o)
+	if err != nil {
+		return protocol.FileReceipt{}, err
+	}
+	return t.fileReceipt(ctx, callTimeout, data, protocol.VerbFileOffer, id)
+}
+
+func (t *natsTransport) FilePut(ctx context.Context, id string, n int, data []byte) (protocol.FileReceipt, error) {
+	return t.fileReceipt(ctx, callTimeout, data, protocol.VerbFilePut, id, strconv.Itoa(n))
+}
+
+func (t *natsTransport) FileCommit(ctx context.Context, id string) (protocol.FileReceipt, error) {
+	return t.fileReceipt(ctx, commitTimeout, nil, protocol.VerbFileCommit, id)
 }
 
 func (t *natsTransport) Close() error {

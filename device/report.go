@@ -16,6 +16,7 @@ const (
 	StageWait     = "wait"
 	StageDownload = "download"
 	StageApply    = "apply"
+	StageFiles    = "files" // contents of files, up or down
 )
 
 // Progress says where a sync is. Total is 0 where it is not known.
@@ -23,7 +24,7 @@ type Progress struct {
 	Set         string
 	Session     int64
 	Stage       string
-	Done, Total int64 // bytes at upload, pages at download, rows at apply
+	Done, Total int64 // bytes at upload and files, pages at download, rows at apply
 }
 
 // Report is the outcome of one sync.
@@ -34,6 +35,7 @@ type Report struct {
 	Resumed  bool          `json:"resumed,omitempty"` // the sync went on where an earlier one had stopped
 	Forked   bool          `json:"forked,omitempty"`  // the file goes on under a new incarnation (restored copy, or mirror rebuilt)
 	Sets     []SetReport   `json:"sets"`              // one per session
+	Files    FileTotals    `json:"files"`
 	Error    string        `json:"error,omitempty"`
 	Totals
 }

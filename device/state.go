@@ -26,6 +26,9 @@ const format = 1
 //	_ws_verify    of each set, the verification that is under way and what the last one found
 //	_ws_log       a ring of the last syncs
 //	_ws_broken    units of which the device itself rejected a row
+//	_ws_file      files by path: what the server has, and which content is here; _ws_file_member says by which sets and
+//	              subscriptions, _ws_file_def what these are
+//	_ws_upload    changes of files made here, and what has become of them
 //	waystage_unit the application's: while it has its one row, edits belong together (see unit.go)
 //
 // For each synced table t also _ws_s_t (one row per dirty row, written by the triggers), _ws_u_t (the units of those
@@ -184,6 +187,58 @@ CREATE TABLE IF NOT EXISTS _ws_broken (
   unit INTEGER PRIMARY KEY,
   why TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS _ws_file (
+  path TEXT PRIMARY KEY,
+  version TEXT NOT NULL,
+  sha TEXT NOT NULL,
+  size INTEGER NOT NULL,
+  type TEXT NOT NULL,
+  have TEXT NOT NULL DEFAULT '',
+  why TEXT NOT NULL DEFAULT ''
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS _ws_file_sha ON _ws_file (sha);
+CREATE TABLE IF NOT EXISTS _ws_file_member (
+  set_name TEXT NOT NULL,
+  sub TEXT NOT NULL,
+  path TEXT NOT NULL,
+  key TEXT NOT NULL,
+  gen INTEGER NOT NULL,
+  PRIMARY KEY (set_name, sub, path)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS _ws_file_member_path ON _ws_file_member (path);
+CREATE TABLE IF NOT EXISTS _ws_file_def (
+  set_name TEXT NOT NULL,
+  ord INTEGER NOT NULL,
+  name TEXT NOT NULL,
+  pattern TEXT NOT NULL,
+  upload INTEGER NOT NULL,
+  max_size INTEGER NOT NULL,
+  PRIMARY KEY (set_name, ord)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS _ws_upload (
+  id TEXT PRIMARY KEY,
+  seq INTEGER NOT NULL,
+  set_name TEXT NOT NULL,
+  path TEXT NOT NULL,
+  op TEXT NOT NULL,
+  base TEXT NOT NULL,
+  after TEXT NOT NULL DEFAULT '',
+  sha TEXT NOT NULL,
+  size INTEGER NOT NULL,
+  type TEXT NOT NULL,
+  state TEXT NOT NULL,
+  made INTEGER NOT NULL,
+  final INTEGER,
+  final_seq INTEGER,
+  settled INTEGER NOT NULL DEFAULT 0,
+  heal INTEGER NOT NULL DEFAULT 0,
+  version TEXT NOT NULL DEFAULT '',
+  code TEXT NOT NULL DEFAULT '',
+  detail TEXT NOT NULL DEFAULT '',
+  right TEXT NOT NULL DEFAULT '',
+  record TEXT NOT NULL DEFAULT ''
+);
+CREATE INDEX IF NOT EXISTS _ws_upload_path ON _ws_upload (path, seq);
 CREATE TABLE IF NOT EXISTS waystage_unit (
   id INTEGER PRIMARY KEY AUTOINCREMENT
 );

@@ -52,15 +52,24 @@ func (d *Device) Sync(ctx context.Context, o SyncOptions) (rep Report, err error
 		return rep, err
 	}
 	defer func() { _ = tr.Close() }()
+	// Files that were put here go before the rows that name them; what goes wrong with files holds up no row that does not wait for one.
+	files := &filing{d: d, rep: &rep.Files, o: o}
+	if ftr, ok := tr.(FileTransport); ok && d.files != "" {
+		files.tr = ftr
+	}
+	filesErr := files.before(ctx)
 	for range mostSessions {
 		sess, err := d.next(ctx, o)
 		if err != nil {
 			return rep, err
 		}
 		if sess == nil {
-			return rep, d.write(ctx, func(t *txn) error { return t.exec(`UPDATE _ws_state SET running = 0`) })
+			if err := d.write(ctx, func(t *txn) error { return t.exec(`UPDATE _ws_state SET running = 0`) }); err != nil {
+				return rep, err
+			}
+			return rep, files.after(ctx, filesErr)
 		}
-		if err := d.session(ctx, tr, sess, o, &rep); err != nil {
+		if err := d.session(ctx, tr, sess, files, o, &rep); err != nil {
 			return rep, err
 		}
 	}
@@ -178,7 +187,7 @@ func (d *Device) next(ctx context.Context, o SyncOptions) (sess *session, err er
 }
 
 // session brings one frozen session to its end: applied, or refused as a whole.
-func (d *Device) session(ctx context.Context, tr Transport, sess *session, o SyncOptions, rep *Report) error {
+func (d *Device) session(ctx context.Context, tr Transport, sess *session, files *filing, o SyncOptions, rep *Report) error {
 	start := time.Now()
 	sr := SetReport{Set: sess.Set, Session: sess.token(), Resumed: sess.resumed, Totals: Totals{Sent: sess.Records}}
 	defer func() {
@@ -204,6 +213,12 @@ func (d *Device) session(ctx context.Context, tr Transport, sess *session, o Syn
 		}
 		rep.Forked = rep.Forked || refusal.Code == protocol.CodeForked || refusal.Code == protocol.CodeEpoch
 		return nil
+	}
+	if err := files.required(ctx, sess); err != nil {
+		if errors.Is(err, ErrReply) { // not for ever
+			return errors.Join(err, d.write(ctx, func(t *txn) error { return t.exec(`DELETE FROM _ws_inbox`) }))
+		}
+		return err
 	}
 	p(StageApply, 0, 0)
 	applied := sr

@@ -185,6 +185,9 @@ func (j *judge) verdict(v protocol.Verdict) error {
 				return err
 			}
 		}
+		if err := j.t.recordRejected(setName, j.c, &f, v); err != nil {
+			return err
+		}
 	default:
 		return fmt.Errorf("%w: unknown verdict state %q", ErrReply, v.State)
 	}
