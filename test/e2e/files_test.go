@@ -150,6 +150,7 @@ func (c cutter) FileCommit(ctx context.Context, id string) (protocol.FileReceipt
 func TestFilesTheWholeWay(t *testing.T) {
 	w := newWorld(t, nurse.Size{Nurses: 4, Patients: 24, Records: 60})
 	w.must(os.WriteFile(w.config.Definitions, []byte(fileDefinitions()), 0o644))
+	outer := t
 	amina, bruno := w.nurses[0], w.nurses[1]
 	var hers int64 // a patient of amina's that is not bruno's
 	w.must(w.source.QueryRow(w.ctx, `WITH p AS (SELECT max(id) AS id FROM vn.patient WHERE id NOT IN (SELECT patient_id FROM vn.assignment WHERE nurse_id IN ($1, $2)))
@@ -355,7 +356,7 @@ func TestFilesTheWholeWay(t *testing.T) {
 	w.step("the broker loses its store", func(t *testing.T) {
 		stop()
 		w.must(os.RemoveAll(filepath.Join(w.dir, "nats")))
-		info, stop = w.serve(t)
+		info, stop = w.serve(outer) // beyond this step
 		store = w.fileStore(info)
 		late := w.enrol(amina, "late")
 		c, err := store.Check(w.ctx, false, nil)
