@@ -171,7 +171,9 @@ func newDeviceFilesLog(a *app, file *string) *cobra.Command {
 					{"path", func(u device.FileUpload) string { return u.Path }},
 					{"size", func(u device.FileUpload) string { return human(u.Size) }},
 					{"state", func(u device.FileUpload) string { return u.State }},
-					{"reason", func(u device.FileUpload) string { return strings.TrimPrefix(fmt.Sprintf("%s: %s", u.Code, u.Detail), ": ") }},
+					{"reason", func(u device.FileUpload) string {
+						return strings.TrimPrefix(fmt.Sprintf("%s: %s", u.Code, u.Detail), ": ")
+					}},
 					{"record", func(u device.FileUpload) string { return u.Record }},
 					{"made", func(u device.FileUpload) string { return ago(&u.Made) }},
 				})

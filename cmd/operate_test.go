@@ -395,7 +395,7 @@ func TestOperate(t *testing.T) {
 		up, _ := s["up"].(map[string]any)
 		queues, _ := s["queues"].([]any)
 		rejects, _ := s["rejects"].(map[string]any)
-		return s["copy"] == "done" && down["lag_seconds"].(float64) < 3 && up["lag_seconds"].(float64) < 3 && down["slot_active"] == true && up["slot_active"] == true && len(queues) == 5 && rejects["not_subscribed"] == 2.0
+		return s["copy"] == "done" && down["lag_seconds"].(float64) < 3 && up["lag_seconds"].(float64) < 3 && down["slot_active"] == true && up["slot_active"] == true && len(queues) == 6 && rejects["not_subscribed"] == 2.0
 	})
 	if got := o.run(exitOK, "", "status"); !strings.Contains(got.out, "source to mirror") {
 		t.Errorf("status:\n%s", got.out)
