@@ -43,7 +43,7 @@ func (a *app) completeFilter(c *cobra.Command) {
 	}
 	for name, f := range map[string]cobra.CompletionFunc{
 		"user":    a.completeFrom(`SELECT name FROM waystage.app_user ORDER BY name`),
-		"device":  a.completeFrom(`SELECT DISTINCT name FROM waystage.device ORDER BY name`),
+		"device":  a.completeFrom(`SELECT DISTINCT name FROM waystage.device WHERE removed_at IS NULL ORDER BY name`),
 		"table":   a.completeFrom(`SELECT schema_name || '.' || table_name FROM waystage.synced_table ORDER BY 1`),
 		"session": a.completeFrom(`SELECT token || E'\t' || user_name || '/' || device_name || ', ' || state FROM waystage.session ORDER BY id DESC LIMIT 50`),
 		"reason":  cobra.FixedCompletions(codes, cobra.ShellCompDirectiveNoFileComp),

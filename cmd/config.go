@@ -19,6 +19,7 @@ type Config struct {
 	Mirror      Database  `koanf:"mirror" doc:"Waystage's own PostgreSQL database: mirror tables, staging tables, ledger. It may be on the same server."`
 	NATS        NATS      `koanf:"nats" doc:"The message broker: embedded in this process, or external."`
 	Definitions string    `koanf:"definitions" doc:"File with tables, subscription sets and groups; relative to this file."`
+	Identity    Identity  `koanf:"identity" doc:"How a device that has no key yet proves whose it is. Enrolment tokens always work."`
 	Pools       Pools     `koanf:"pools" doc:"Workers per stage when a stage starts for the first time. Later 'waystage pools scale' decides. 0 keeps the stage out of this process."`
 	Limits      Limits    `koanf:"limits" doc:"What one device may ask for."`
 	Reply       Reply     `koanf:"reply" doc:"How long a reply waits for the device's own records, so that most outcomes are told in the same session."`
@@ -62,6 +63,28 @@ type External struct {
 	Credentials string   `koanf:"credentials_file" doc:"Keys file written by 'waystage init --nats': passwords of our accounts and seeds of the callout."`
 	Replicas    int      `koanf:"replicas" doc:"Copies of each stream in the cluster: 1, 3 or 5."`
 	CA          string   `koanf:"tls_ca" doc:"Certificate authority file for the broker's certificate."`
+}
+
+// Identity is how devices that have no key yet are let in.
+type Identity struct {
+	Passwords bool `koanf:"passwords" doc:"Users' passwords (waystage users passwd)."`
+	OIDC      OIDC `koanf:"oidc" doc:"JWTs of the company's OpenID Connect provider; used when issuer is set. See docs/users.md."`
+}
+
+// OIDC is the company's identity provider.
+type OIDC struct {
+	Issuer      string   `koanf:"issuer" doc:"The issuer as it stands in the JWTs, to the letter, e.g. https://login.example.org/realm."`
+	Audience    []string `koanf:"audience" doc:"Audience that the JWTs must be for; with several, one of them."`
+	JWKSURL     string   `koanf:"jwks_url" doc:"Address of the provider's public keys; empty: its discovery document says it."`
+	JWKSFile    string   `koanf:"jwks_file" doc:"File with the public keys instead."`
+	UserClaim   string   `koanf:"user_claim" doc:"Claim whose value, in lower case, is the user's name; a.b looks into a claim."`
+	UserSuffix  string   `koanf:"user_suffix" doc:"What that value must end in, and is cut off, e.g. @example.org."`
+	GroupsClaim string   `koanf:"groups_claim" doc:"Claim with a list of groups or roles; empty: groups are ours to say."`
+	Groups      []string `koanf:"groups" doc:"VALUE=GROUP: which value means which group of ours; other values count for nothing."`
+	Attributes  []string `koanf:"attributes" doc:"ATTRIBUTE=CLAIM: attributes of a user that come from claims."`
+	Algorithms  []string `koanf:"algorithms" doc:"Allowed signatures: RS, PS or ES with 256, 384, 512, EdDSA."`
+	ClockSkew   Duration `koanf:"clock_skew" doc:"How far clocks may differ."`
+	AutoCreate  bool     `koanf:"auto_create" doc:"Make users known with their first login; otherwise they must be there."`
 }
 
 // Pools are the first sizes of the worker pools.
@@ -131,6 +154,8 @@ type Log struct {
 func Defaults() Config {
 	return Config{
 		Definitions: "definitions.yaml",
+		Identity: Identity{Passwords: true, OIDC: OIDC{UserClaim: "sub", Algorithms: []string{"RS256", "ES256", "EdDSA"},
+			ClockSkew: Duration(time.Minute)}},
 		NATS: NATS{
 			Embedded: Embedded{Store: "waystage-nats", Listen: "127.0.0.1:4222"},
 			External: External{Replicas: 1},
@@ -196,6 +221,15 @@ func (c *Config) Validate() error {
 	for stage, n := range c.Pools.sizes() {
 		if n < 0 || n > 256 {
 			return bad("pools."+stage, "want 0 to 256 workers, not %d", n)
+		}
+	}
+	if c.Identity.OIDC.Issuer != "" {
+		conf, key, err := c.Identity.OIDC.config()
+		if err == nil {
+			key, err = conf.Check()
+		}
+		if err != nil {
+			return bad("identity.oidc."+key, "%w", err)
 		}
 	}
 	switch c.Log.Level {
@@ -273,6 +307,12 @@ func (d Duration) String() string {
 	}
 	return s
 }
+
+// Set and Type make it the value of a flag.
+func (d *Duration) Set(s string) error { return d.UnmarshalText([]byte(s)) }
+
+// Type is what the help calls it.
+func (d *Duration) Type() string { return "duration" }
 
 // MarshalText prints what UnmarshalText reads.
 func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }

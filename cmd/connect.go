@@ -82,7 +82,7 @@ func refusal(what string, err error) error {
 	}
 	code := exitPrecondition
 	switch r.ErrorCode() {
-	case protocol.CodeName, "invalid_password", "invalid_attribute", protocol.CodeKey:
+	case protocol.CodeName, "invalid_password", "invalid_attribute", "invalid_expiry", protocol.CodeKey:
 		code = exitUsage
 	case protocol.CodeBlocked, "credentials":
 		code = exitAuth
@@ -121,7 +121,7 @@ func (a *app) password(file, prompt string, fresh bool) (string, error) {
 		}
 		return first, nil
 	default:
-		if body, err = bufio.NewReader(io.LimitReader(a.in, 8<<10)).ReadBytes('\n'); err != nil && !errors.Is(err, io.EOF) {
+		if body, err = bufio.NewReader(io.LimitReader(a.in, protocol.MaxSecret+2)).ReadBytes('\n'); err != nil && !errors.Is(err, io.EOF) {
 			return "", fmt.Errorf("read the password from stdin: %w", err)
 		}
 	}

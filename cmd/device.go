@@ -21,7 +21,7 @@ func newDevice(a *app) *cobra.Command {
 	c.PersistentFlags().StringVarP(&path, "file", "f", "", "the device's SQLite file")
 	_ = c.MarkPersistentFlagFilename("file", "db", "sqlite")
 	c.AddCommand(newEnrol(a, &path), newSync(a, &path), newDeviceStatus(a, &path), newDeviceLog(a, &path), newDeviceSyncs(a, &path),
-		newDeviceRejects(a, &path), newPending(a, &path), newKeep(a, &path), newRepair(a, &path), newDeviceVerify(a, &path), newDeviceFiles(a, &path))
+		newDeviceRejects(a, &path), newPending(a, &path), newKeep(a, &path), newRepair(a, &path), newDeviceVerify(a, &path), newDeviceFiles(a, &path), newRotate(a, &path))
 	return c
 }
 
@@ -50,11 +50,11 @@ func (a *app) withDevice(ctx context.Context, path string, fresh bool, what stri
 
 func deviceCode(err error) int {
 	switch {
-	case errors.Is(err, device.ErrLogin), errors.Is(err, device.ErrBlocked):
+	case errors.Is(err, device.ErrLogin), errors.Is(err, device.ErrBlocked), errors.Is(err, device.ErrToken):
 		return exitAuth
 	case errors.Is(err, context.Canceled):
 		return exitInterrupted
-	case errors.Is(err, device.ErrUnreachable), errors.Is(err, context.DeadlineExceeded):
+	case errors.Is(err, device.ErrUnreachable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, device.ErrInUse):
 		return exitUnreachable
 	case errors.Is(err, device.ErrNotEnrolled), errors.Is(err, device.ErrSyncing), errors.Is(err, device.ErrNoReject), errors.Is(err, device.ErrHandled),
 		errors.Is(err, device.ErrRowGone), errors.Is(err, device.ErrRowExists), errors.Is(err, device.ErrRowEdited), errors.Is(err, device.ErrNoTable):
@@ -71,8 +71,12 @@ func deviceRemedy(err error) string {
 	switch {
 	case errors.Is(err, device.ErrBlocked):
 		return "ask the operator: 'waystage devices unblock USER/DEVICE' lets the device go on where it stopped"
+	case errors.Is(err, device.ErrToken):
+		return "ask the operator for another token: 'waystage devices token USER/DEVICE'"
+	case errors.Is(err, device.ErrInUse):
+		return "two copies of the file are in use: enrol one of them as a device of its own, from a new file; if the other has stopped, sync again in some seconds"
 	case errors.Is(err, device.ErrLogin):
-		return "check user and password; enrol again if the device was removed; if neither is it, sync again later: edits are kept in the file"
+		return "check user and password, token or JWT; enrol again if the device was removed or reset; the operator sees the reason in 'waystage devices show'; if it is none of these, sync again later: edits are kept in the file"
 	case errors.Is(err, device.ErrDisk):
 		return "make room; the next sync goes on with the files where this one stopped"
 	case errors.Is(err, device.ErrFiles):
@@ -97,46 +101,6 @@ func deviceRemedy(err error) string {
 		return "'waystage device repair' installs the triggers anew; edits made while they were missing are overwritten"
 	}
 	return ""
-}
-
-func newEnrol(a *app, path *string) *cobra.Command {
-	var o device.EnrolOptions
-	var passwordFile string
-	c := &cobra.Command{Use: "enrol", Aliases: []string{"enroll"}, Short: "Make a file the device of a user; the password comes from a prompt, stdin or --password-file", Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			if len(o.Servers) == 0 || o.User == "" || o.Device == "" {
-				return usage("--server, --user and --device are needed")
-			}
-			for what, name := range map[string]string{"user": o.User, "device": o.Device} {
-				if !protocol.ValidName(name) {
-					return usage("the %s name %q is not valid: use 1 to 64 of a-z, 0-9, _ and -", what, name)
-				}
-			}
-			if *path == "" {
-				return usage("name the device's SQLite file with --file")
-			}
-			var err error
-			if o.Password, err = a.password(passwordFile, "Password of "+o.User, false); err != nil {
-				return err
-			}
-			_, statErr := os.Stat(*path)
-			err = a.withDevice(c.Context(), *path, true, "cannot enrol "+o.User+"/"+o.Device, func(d *device.Device) error { return d.Enrol(c.Context(), o) })
-			if err != nil {
-				if errors.Is(statErr, os.ErrNotExist) { // leave no half-made file behind
-					for _, suffix := range []string{"", "-wal", "-shm"} {
-						_ = os.Remove(*path + suffix)
-					}
-				}
-				return err
-			}
-			a.say("%s is now device %s/%s; next: waystage device sync --file %s", *path, o.User, o.Device, *path)
-			return nil
-		}}
-	c.Flags().StringSliceVar(&o.Servers, "server", nil, "address of the server, e.g. nats://127.0.0.1:4222; may be given often")
-	c.Flags().StringVar(&o.User, "user", "", "user")
-	c.Flags().StringVar(&o.Device, "device", "", "name of the device, unique for the user")
-	c.Flags().StringVar(&passwordFile, "password-file", "", "file with the password; - for stdin")
-	return c
 }
 
 func newSync(a *app, path *string) *cobra.Command {
@@ -239,8 +203,15 @@ func (a *app) printReport(r device.Report) {
 	if n := r.Files; n.Fetched+n.Sent+n.Missing > 0 {
 		fmt.Fprintf(a.out, "files: fetched %d (%s), sent %d, rejected %d; %d are still to be fetched\n", n.Fetched, human(n.Bytes), n.Sent, n.Rejected, n.Missing)
 	}
+	if r.NewKey {
+		a.say("note: the device has a new key")
+	}
+	if r.KeyProblem != "" {
+		a.say("note: the key was due to be changed, and was not; the next sync tries again: %s", oneLine(r.KeyProblem))
+	}
 	if r.Forked {
-		a.say("note: the file goes on under a new incarnation (it was restored or copied, or the mirror was made anew); its edits were kept")
+		a.say("note: the file goes on under a new incarnation (it was restored from a backup or copied, the operator has reset the device, or the mirror was made anew); its edits were kept. " +
+			"If another copy of it is in use, enrol that one as a device of its own, from a new file")
 	}
 }
 
@@ -260,7 +231,11 @@ func newDeviceStatus(a *app, path *string) *cobra.Command {
 				if s.Enrolled {
 					who = s.User + "/" + s.Device + " at " + strings.Join(s.Servers, ", ")
 				}
-				fmt.Fprintf(a.out, "device: %s\nedits: %d unsent, %d sent, %d merged and waiting for the source; %d in the rejected log\n", who, s.Unsent, s.Sent, s.Merged, s.Rejects)
+				key := ""
+				if s.Fingerprint != "" {
+					key = "key: " + s.Fingerprint + " since " + at(&s.KeyAt) + "\n"
+				}
+				fmt.Fprintf(a.out, "device: %s\n"+key+"edits: %d unsent, %d sent, %d merged and waiting for the source; %d in the rejected log\n", who, s.Unsent, s.Sent, s.Merged, s.Rejects)
 				if s.Unfinished {
 					fmt.Fprintln(a.out, "the last sync was broken off: the next goes on from there")
 				}

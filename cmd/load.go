@@ -170,7 +170,7 @@ func (c *Config) resolve() error {
 		}
 	}
 	for _, p := range []*string{&c.Definitions, &c.NATS.Embedded.Store, &c.NATS.Embedded.TLSCert, &c.NATS.Embedded.TLSKey,
-		&c.NATS.External.Credentials, &c.NATS.External.CA, &c.Source.DSNFile, &c.Mirror.DSNFile} {
+		&c.NATS.External.Credentials, &c.NATS.External.CA, &c.Identity.OIDC.JWKSFile, &c.Source.DSNFile, &c.Mirror.DSNFile} {
 		rel(p)
 	}
 	for name, db := range map[string]*Database{"source": &c.Source, "mirror": &c.Mirror} {

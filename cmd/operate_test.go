@@ -64,6 +64,12 @@ func (o *operator) init() {
 // serve runs a server with these definitions and settings until stop.
 func (o *operator) serve(definitions string, set ...string) (stop func()) {
 	o.t.Helper()
+	return o.serveLogging(zaptest.NewLogger(o.t, zaptest.Level(zap.ErrorLevel)), definitions, set...)
+}
+
+// serveLogging does so with a log of the test's own.
+func (o *operator) serveLogging(log *zap.Logger, definitions string, set ...string) (stop func()) {
+	o.t.Helper()
 	if err := os.WriteFile(filepath.Join(o.dir, "definitions.yaml"), []byte(definitions), 0o600); err != nil {
 		o.t.Fatal(err)
 	}
@@ -75,7 +81,7 @@ func (o *operator) serve(definitions string, set ...string) (stop func()) {
 	ctx, cancel := context.WithCancel(o.t.Context())
 	ready, ended := make(chan Info, 1), make(chan error, 1)
 	go func() {
-		ended <- Serve(ctx, conf, zaptest.NewLogger(o.t, zaptest.Level(zap.ErrorLevel)), func(i Info) { ready <- i })
+		ended <- Serve(ctx, conf, log, func(i Info) { ready <- i })
 	}()
 	select {
 	case <-ready:

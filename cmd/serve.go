@@ -170,7 +170,11 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	}
 
 	users := registry.New(mirror, log)
-	callout := queue.NewCallout(broker, users, log)
+	providers, err := identityProviders(c, users, log)
+	if err != nil {
+		return err
+	}
+	callout := queue.NewCallout(broker, users, providers, log)
 	sup.Go(func() error { return callout.Run(support) })
 	sup.Go(func() error { return users.Watch(support, q.Disconnect) })
 	sup.Go(func() error { return current.Follow(support) })
@@ -198,7 +202,10 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	if c.Files.Directory != "" {
 		sup.Go(func() error { return watchDirectory(support, c, store, log) })
 	}
-	gateway := queue.NewGateway(q, queue.GatewayConfig{Hold: time.Duration(c.Reply.Hold), Applied: sessions.Close, News: watch.News, Files: store},
+	gateway := queue.NewGateway(q, queue.GatewayConfig{Hold: time.Duration(c.Reply.Hold), Applied: sessions.Close, News: watch.News, Files: store,
+		Rotate: func(ctx context.Context, user, device string, r protocol.Rotation) error {
+			return users.Rotate(ctx, user, device, r.Key)
+		}},
 		enroller(users, current), sessions.Status, log)
 	captureUp := capture.New(capture.Config{Direction: capture.Up, Server: c.Mirror.DSN, Mirror: c.Mirror.DSN, Slot: schema.SlotUp(done.Epoch),
 		Publication: schema.PublicationUp, Queue: publisher{q, queue.Up}, Log: log})
@@ -454,10 +461,14 @@ func directionOf(stream string) string {
 	return map[string]string{queue.StreamDown: queue.Down, queue.StreamUp: queue.Up}[stream]
 }
 
-// enroller lets the gateway give a device its key, and tells it its sets.
+// enroller lets the gateway give a device its key, for its token if there is one, and tells it its sets.
 func enroller(users *registry.Registry, current *stages.Follower) queue.Enroller {
 	return func(ctx context.Context, user, device string, req protocol.Enrolment) (protocol.Enrolled, error) {
-		if err := users.Enrol(ctx, user, device, req.Key, req.App); err != nil {
+		give := users.Enrol
+		if req.Token != "" {
+			give = users.Redeem
+		}
+		if err := give(ctx, user, device, req); err != nil {
 			return protocol.Enrolled{}, err
 		}
 		sets, epoch, err := current.SetsOf(ctx, user)

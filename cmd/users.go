@@ -177,7 +177,7 @@ func newUsersShow(a *app) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				devices, err := r.ListDevices(ctx, u.Name)
+				devices, err := r.ListDevices(ctx, registry.DeviceFilter{User: u.Name})
 				if err != nil {
 					return err
 				}
@@ -247,5 +247,5 @@ func (a *app) completeDevice(c *cobra.Command, args []string, typed string) ([]s
 	if len(args) > 0 {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
-	return a.completeFrom(`SELECT user_name || '/' || name FROM waystage.device WHERE user_name <> '`+protocol.OperatorUser+`' ORDER BY 1`)(c, args, typed)
+	return a.completeFrom(`SELECT user_name || '/' || name FROM waystage.device WHERE removed_at IS NULL AND user_name <> '`+protocol.OperatorUser+`' ORDER BY 1`)(c, args, typed)
 }

@@ -194,7 +194,7 @@ func (t *txn) settle(c *catalogue, sess *session, first, last *protocol.Page, ag
 			return err
 		}
 	}
-	if err := t.exec(`UPDATE _ws_state SET open_n = NULL`); err != nil {
+	if err := t.exec(`UPDATE _ws_state SET open_n = NULL, new_key = new_key OR ?`, first.NewKey); err != nil {
 		return err
 	}
 	if err := t.reached(sess, "staged"); err != nil { // or there would be no reply

@@ -10,7 +10,6 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"github.com/nats-io/nkeys"
 	"go.uber.org/zap"
 
 	"github.com/waystage/waystage/protocol"
@@ -116,74 +115,6 @@ func (d *Device) Close() error {
 // DB is the handle of the file, for the application's own SQL.
 func (d *Device) DB() *sql.DB { return d.db }
 
-// EnrolOptions say who enrols where.
-type EnrolOptions struct {
-	Servers  []string // NATS addresses, e.g. "tls://sync.example.org:4222"
-	User     string
-	Device   string
-	Password string // used once, never stored
-}
-
-// Enrol makes the file the given device of the given user: it logs in with the password, registers a key made here,
-// and stores the key. A file that is enrolled can be enrolled again as the same device (a new key, other addresses),
-// not as another.
-func (d *Device) Enrol(ctx context.Context, o EnrolOptions) error {
-	for what, name := range map[string]string{"user": o.User, "device": o.Device} {
-		if !protocol.ValidName(name) {
-			return fmt.Errorf("device: the %s name %q is not [a-z0-9_-]{1,64}", what, name)
-		}
-	}
-	var st state
-	err := d.read(ctx, func(t *txn) (err error) {
-		st, err = t.state()
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	if st.User != "" && (st.User != o.User || st.Device != o.Device) {
-		return fmt.Errorf("device: this file belongs to %s/%s: use a new file for %s/%s", st.User, st.Device, o.User, o.Device)
-	}
-	kp, err := nkeys.CreateUser()
-	if err != nil {
-		return fmt.Errorf("device: %w", err)
-	}
-	pub, err := kp.PublicKey()
-	if err != nil {
-		return fmt.Errorf("device: %w", err)
-	}
-	seed, err := kp.Seed()
-	if err != nil {
-		return fmt.Errorf("device: %w", err)
-	}
-	tr, err := d.opts.Dial(ctx, Login{Servers: o.Servers, User: o.User, Device: o.Device, Password: o.Password})
-	if err != nil {
-		return err
-	}
-	defer func() { _ = tr.Close() }()
-	en, err := tr.Enrol(ctx, protocol.Enrolment{Key: pub, App: d.opts.App})
-	if err != nil {
-		return explain("enrolment", err)
-	}
-	if en.User != o.User || en.Device != o.Device {
-		return fmt.Errorf("device: %w: enrolled %s/%s, not %s/%s", ErrReply, en.User, en.Device, o.User, o.Device)
-	}
-	servers, err := json.Marshal(o.Servers)
-	if err != nil {
-		return fmt.Errorf("device: %w", err)
-	}
-	return d.write(ctx, func(t *txn) error {
-		if err := t.exec(`UPDATE _ws_state SET user = ?, device = ?, servers = ?, seed = ?`, o.User, o.Device, string(servers), seed); err != nil {
-			return err
-		}
-		c, err := t.load()
-		if err != nil {
-			return err
-		}
-		return t.adopt(c, en.Sets, 0)
-	})
-}
-
 // login is what the file connects with.
 func (s state) login() (Login, error) {
 	l := Login{User: s.User, Device: s.Device, Seed: s.Seed}
@@ -202,8 +133,13 @@ func explain(doing string, err error) error {
 	if !errors.As(err, &e) {
 		return err
 	}
-	if e.Code == protocol.CodeBlocked {
+	switch e.Code {
+	case protocol.CodeBlocked:
 		return fmt.Errorf("device: %s: %w: %w", doing, ErrBlocked, e)
+	case protocol.CodeSessionOpen:
+		return fmt.Errorf("device: %s: %w: %w", doing, ErrInUse, e)
+	case protocol.CodeTokenExpired, protocol.CodeTokenUsed, protocol.CodeTokenRevoked, protocol.CodeTokenUnknown:
+		return fmt.Errorf("device: %s: %w: %w", doing, ErrToken, e)
 	}
 	return fmt.Errorf("device: %s: %w: %w", doing, ErrRefused, e)
 }

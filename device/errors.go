@@ -8,6 +8,8 @@ var (
 	ErrUnreachable = errors.New("the server cannot be reached")
 	ErrLogin       = errors.New("the server refused the login")
 	ErrBlocked     = errors.New("the device or its user is blocked")
+	ErrToken       = errors.New("the enrolment token is not good")
+	ErrInUse       = errors.New("another copy of this device's file is syncing")
 	ErrCapture     = errors.New("the capture of changes is damaged")
 	ErrSyncing     = errors.New("a sync of this file is already running")
 	ErrReply       = errors.New("the server's reply cannot be used")

@@ -263,10 +263,16 @@ func (x *exchange) fetch(ctx context.Context, have inbox) (*protocol.Error, erro
 			continue
 		}
 		if e := page.Error; e != nil {
-			if tries++; e.Code != protocol.CodeSeries || tries >= transient {
+			if tries++; e.Code != protocol.CodeSeries && e.Code != protocol.CodeSessionOpen || tries >= transient {
 				return e, nil
 			}
-			// The parts did not come together: the whole request goes again, in the place of the refusal.
+			// The parts did not come together, or another copy of the file is there too: the whole request goes again, in the
+			// place of the refusal.
+			if e.Retry > 0 {
+				if err := pause(ctx, min(time.Duration(e.Retry)*time.Second, x.d.patience.longest)); err != nil {
+					return nil, err
+				}
+			}
 			x.d.ack(ctx, x.tr, x.sess)
 			if refusal, err := again(); refusal != nil || err != nil {
 				return refusal, err

@@ -22,7 +22,7 @@ func (d *Device) refused(ctx context.Context, sess *session, e *protocol.Error) 
 		case protocol.CodeForked, protocol.CodeEpoch:
 			again = true
 			return t.fork(e.Code == protocol.CodeEpoch)
-		case protocol.CodeBusy, protocol.CodeInternal, protocol.CodeBlocked, protocol.CodeSeries:
+		case protocol.CodeBusy, protocol.CodeInternal, protocol.CodeBlocked, protocol.CodeSeries, protocol.CodeSessionOpen:
 			return nil // the session stays as it is
 		case protocol.CodeTooBig:
 			if sess.Records > 0 { // the server takes less than we thought

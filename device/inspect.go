@@ -16,6 +16,8 @@ type Status struct {
 	Device      string      `json:"device,omitempty"`
 	Servers     []string    `json:"servers,omitempty"`
 	Enrolled    bool        `json:"enrolled"`
+	Fingerprint string      `json:"fingerprint,omitempty"` // of the device's key, as 'waystage devices show' prints it
+	KeyAt       time.Time   `json:"key_at,omitzero"`       // since when it is that one
 	Incarnation string      `json:"incarnation"`
 	N           int64       `json:"n"`              // number of the last session
 	Epoch       string      `json:"epoch"`          // of the mirror that the file follows
@@ -53,6 +55,16 @@ func (d *Device) Status(ctx context.Context) (s Status, err error) {
 			return err
 		}
 		s = Status{User: st.User, Device: st.Device, Enrolled: len(st.Seed) > 0, Incarnation: st.Incarnation, N: st.N, Epoch: st.Epoch, Unfinished: st.Running}
+		if len(st.Seed) > 0 {
+			public, err := publicKey(st.Seed)
+			if err != nil {
+				return err
+			}
+			s.Fingerprint = protocol.Fingerprint(public)
+			if st.KeyAt > 0 {
+				s.KeyAt = time.UnixMilli(st.KeyAt).UTC()
+			}
+		}
 		if st.Servers != "" {
 			if err := json.Unmarshal([]byte(st.Servers), &s.Servers); err != nil {
 				return err

@@ -22,7 +22,6 @@ func DialNATS(ctx context.Context, l Login) (Transport, error) {
 	}
 	opts := []nats.Option{
 		nats.Name("waystage device " + l.User + "/" + l.Device),
-		nats.CustomInboxPrefix(protocol.InboxPrefix(l.User, l.Device)),
 		nats.MaxReconnects(20),
 		nats.ReconnectWait(500 * time.Millisecond),
 		// Without a handler the client prints; a refused call shows as its own error.
@@ -42,9 +41,12 @@ func DialNATS(ctx context.Context, l Login) (Transport, error) {
 		if err != nil {
 			return nil, fmt.Errorf("device: the stored key is damaged: %w; enrol again", err)
 		}
-		opts = append(opts, nats.Nkey(pub, kp.Sign))
+		// The name beside the key is for the operator, who sees whose login was refused.
+		opts = append(opts, nats.Nkey(pub, kp.Sign), nats.UserInfo(l.User+"/"+l.Device, ""), nats.CustomInboxPrefix(protocol.InboxPrefix(l.User, l.Device)))
+	} else if l.EnrolOnly != "" {
+		opts = append(opts, nats.UserInfo(l.User+"/"+l.Device, l.EnrolOnly), nats.CustomInboxPrefix(protocol.EnrolInbox(l.User, l.Device, l.EnrolOnly)))
 	} else {
-		opts = append(opts, nats.UserInfo(l.User+"/"+l.Device, l.Password))
+		opts = append(opts, nats.UserInfo(l.User+"/"+l.Device, l.Password), nats.CustomInboxPrefix(protocol.InboxPrefix(l.User, l.Device)))
 	}
 	urls := strings.Join(l.Servers, ",")
 	type dialled struct {
@@ -69,10 +71,13 @@ func DialNATS(ctx context.Context, l Login) (Transport, error) {
 		case c.err == nil:
 			return &natsTransport{nc: c.nc, user: l.User, device: l.Device}, nil
 		case isAuth(c.err):
+			if l.EnrolOnly != "" {
+				return nil, fmt.Errorf("device: %w as %s/%s at %s: the token or JWT is not known, is not for this device, or is too old; the server's log says why", ErrLogin, l.User, l.Device, urls)
+			}
 			if l.Seed == nil {
 				return nil, fmt.Errorf("device: %w as %s/%s at %s: unknown user, wrong password, or blocked; or the server cannot look it up just now, then its log says so", ErrLogin, l.User, l.Device, urls)
 			}
-			return nil, fmt.Errorf("device: %w with the key of %s/%s at %s: the device or user is blocked, was removed, or was enrolled again elsewhere; or the server cannot look it up just now, then its log says so", ErrLogin, l.User, l.Device, urls)
+			return nil, fmt.Errorf("device: %w with the key of %s/%s at %s: the device or user is blocked, was removed or reset, was enrolled again elsewhere, or another copy of its file has taken a new key; or the server cannot look it up just now, then its log says so", ErrLogin, l.User, l.Device, urls)
 		default:
 			return nil, fmt.Errorf("device: %w at %s: %w", ErrUnreachable, urls, c.err)
 		}
@@ -162,8 +167,22 @@ func (t *natsTransport) Enrol(ctx context.Context, e protocol.Enrolment) (protoc
 	if err != nil {
 		return protocol.Enrolled{}, err
 	}
-	m, err := t.call(ctx, callTimeout, Payload{ContentType: protocol.ContentJSON, Data: data}, protocol.VerbEnrol)
+	verb := protocol.VerbEnrol
+	if e.Token != "" {
+		verb = protocol.VerbRedeem
+	}
+	m, err := t.call(ctx, callTimeout, Payload{ContentType: protocol.ContentJSON, Data: data}, verb)
 	return answer(m, err, func(a *protocol.Enrolled) *protocol.Error { return a.Error })
+}
+
+func (t *natsTransport) Rotate(ctx context.Context, r protocol.Rotation) error {
+	data, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	m, err := t.call(ctx, callTimeout, Payload{ContentType: protocol.ContentJSON, Data: data}, protocol.VerbRotate)
+	_, err = answer(m, err, func(a *protocol.Rotated) *protocol.Error { return a.Error })
+	return err
 }
 
 func (t *natsTransport) Put(ctx context.Context, session, part string, p Payload) (protocol.Receipt, error) {

@@ -34,9 +34,12 @@ type Report struct {
 	Duration time.Duration `json:"duration"`
 	Resumed  bool          `json:"resumed,omitempty"` // the sync went on where an earlier one had stopped
 	Forked   bool          `json:"forked,omitempty"`  // the file goes on under a new incarnation (restored copy, or mirror rebuilt)
+	NewKey   bool          `json:"new_key,omitempty"` // the device has another key now
 	Sets     []SetReport   `json:"sets"`              // one per session
 	Files    FileTotals    `json:"files"`
 	Error    string        `json:"error,omitempty"`
+
+	KeyProblem string `json:"key_problem,omitempty"` // why the key was not changed although it was due; the next sync tries again
 	Totals
 }
 

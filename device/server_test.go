@@ -17,34 +17,36 @@ import (
 // memServer is a server in memory that follows rules D3 to D13 as docs/protocol.md states them: what the library is
 // tested against. The source is part of it: its verdicts come when a test calls for them.
 type memServer struct {
-	mu    sync.Mutex
-	epoch string
-	tx    int64   // last mirror transaction id given
-	open  []int64 // ids taken by transactions that have not committed
-	defs  map[string]*protocol.Definitions
-	sets  []string
-	rows  map[string]map[string]*mrow // by table and key
-	tombs []tomb
-	led   []*ledger // verdicts
-	all   []*ledger // the same, of all epochs
-	incs  map[string]*incarnation
-	curs  map[string]cursor
-	out   map[string]map[int]Payload // pages by session
-	parts map[string]map[string]Payload
-	seen  map[string]*request
-	nkeys map[string]string
-	reply int
-	seq   int
+	mu       sync.Mutex
+	epoch    string
+	tx       int64   // last mirror transaction id given
+	open     []int64 // ids taken by transactions that have not committed
+	defs     map[string]*protocol.Definitions
+	sets     []string
+	rows     map[string]map[string]*mrow // by table and key
+	tombs    []tomb
+	led      []*ledger // verdicts
+	all      []*ledger // the same, of all epochs
+	incs     map[string]*incarnation
+	curs     map[string]cursor
+	out      map[string]map[int]Payload // pages by session
+	parts    map[string]map[string]Payload
+	seen     map[string]*request
+	nkeys    map[string]string
+	nextKeys map[string]string // announced
+	reply    int
+	seq      int
 
-	subset    map[string]bool     // of item.grp; all devices see the same
-	perPage   int                 // rows to a page
-	canonical func(string) string // how the server writes keys; nil: as they came
-	lag       int                 // gets that are answered before a request is taken from the queue
-	queue     []func()            // requests that wait
-	lateMerge bool                // compose replies before the merge
-	waiting   []*request          // merges that are late
-	deaf      map[string]bool     // devices that are blocked
-	taken     func(*request)      // told of each new session; nil: nobody
+	subset    map[string]bool        // of item.grp; all devices see the same
+	perPage   int                    // rows to a page
+	canonical func(string) string    // how the server writes keys; nil: as they came
+	lag       int                    // gets that are answered before a request is taken from the queue
+	queue     []func()               // requests that wait
+	lateMerge bool                   // compose replies before the merge
+	waiting   []*request             // merges that are late
+	deaf      map[string]bool        // devices that are blocked
+	busy      func() *protocol.Error // refuses a request; nil: none
+	taken     func(*request)         // told of each new session; nil: nobody
 
 	asked []protocol.Watch // calls of devices that wait for news
 	news  chan []string    // answers to them
@@ -109,7 +111,7 @@ func newServer(t testing.TB) *memServer {
 	s := &memServer{
 		epoch: "e1", tx: 1, perPage: 3, sets: []string{"items", "notes"},
 		rows: map[string]map[string]*mrow{"public.item": {}, "public.note": {}}, incs: map[string]*incarnation{}, curs: map[string]cursor{},
-		out: map[string]map[int]Payload{}, parts: map[string]map[string]Payload{}, seen: map[string]*request{}, nkeys: map[string]string{},
+		out: map[string]map[int]Payload{}, parts: map[string]map[string]Payload{}, seen: map[string]*request{}, nkeys: map[string]string{}, nextKeys: map[string]string{},
 		subset: map[string]bool{"1": true, "2": true}, history: map[string]image{}, deaf: map[string]bool{}, news: make(chan []string),
 		defs: map[string]*protocol.Definitions{
 			"items": {Hash: "i1", Tables: []protocol.Table{{
@@ -270,6 +272,12 @@ func (s *memServer) take(device string, p Payload) {
 	if s.defs[req.Set] == nil {
 		s.refuse(q, protocol.Error{Code: protocol.CodeUnknownSet, Message: "no set " + req.Set})
 		return
+	}
+	if s.busy != nil {
+		if e := s.busy(); e != nil {
+			s.refuse(q, *e)
+			return
+		}
 	}
 	inc := s.incs[req.Incarnation]
 	if inc == nil {

@@ -52,7 +52,11 @@ CREATE TABLE IF NOT EXISTS _ws_state (
   user TEXT NOT NULL DEFAULT '',
   device TEXT NOT NULL DEFAULT '',
   servers TEXT NOT NULL DEFAULT '',
-  seed BLOB
+  seed BLOB,
+  next_seed BLOB,
+  key_at INTEGER NOT NULL DEFAULT 0,
+  key_life INTEGER NOT NULL DEFAULT 0,
+  new_key INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE IF NOT EXISTS _ws_set (
   name TEXT PRIMARY KEY,
@@ -255,6 +259,10 @@ type state struct {
 	User, Device string
 	Servers      string
 	Seed         []byte
+	NextSeed     []byte // of the key that is to take its place
+	KeyAt        int64  // since when it is the file's: milliseconds since 1970
+	KeyLife      int64  // after so many milliseconds another is taken, 0: never
+	NewKey       bool   // the operator wants another
 }
 
 // randomHex gives n random bytes as hex digits.
@@ -291,8 +299,9 @@ func (d *Device) prepare(ctx context.Context) error {
 
 func (t *txn) state() (state, error) {
 	var s state
-	err := t.get(`SELECT incarnation, n, open_n, epoch, running, most_changes, user, device, servers, seed FROM _ws_state`, nil,
-		&s.Incarnation, &s.N, &s.Open, &s.Epoch, &s.Running, &s.MostChanges, &s.User, &s.Device, &s.Servers, &s.Seed)
+	err := t.get(`SELECT incarnation, n, open_n, epoch, running, most_changes, user, device, servers, seed,
+		next_seed, key_at, key_life, new_key FROM _ws_state`, nil,
+		&s.Incarnation, &s.N, &s.Open, &s.Epoch, &s.Running, &s.MostChanges, &s.User, &s.Device, &s.Servers, &s.Seed, &s.NextSeed, &s.KeyAt, &s.KeyLife, &s.NewKey)
 	return s, err
 }
 

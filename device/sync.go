@@ -42,12 +42,12 @@ func (d *Device) Sync(ctx context.Context, o SyncOptions) (rep Report, err error
 	if o.Wait != "" && o.Wait != protocol.WaitMerge && o.Wait != protocol.WaitSource {
 		return rep, fmt.Errorf("device: wait %q is neither %q nor %q", o.Wait, protocol.WaitMerge, protocol.WaitSource)
 	}
-	login, err := d.begin(ctx, o, &rep)
+	st, err := d.begin(ctx, o, &rep)
 	if err != nil {
 		return rep, err
 	}
 	o.Progress(Progress{Stage: StageConnect})
-	tr, err := d.opts.Dial(ctx, login)
+	tr, err := d.connect(ctx, st)
 	if err != nil {
 		return rep, err
 	}
@@ -67,7 +67,10 @@ func (d *Device) Sync(ctx context.Context, o SyncOptions) (rep Report, err error
 			if err := d.write(ctx, func(t *txn) error { return t.exec(`UPDATE _ws_state SET running = 0`) }); err != nil {
 				return rep, err
 			}
-			return rep, files.after(ctx, filesErr)
+			if err := files.after(ctx, filesErr); err != nil {
+				return rep, err
+			}
+			return rep, d.renew(ctx, tr, &rep)
 		}
 		if err := d.session(ctx, tr, sess, files, o, &rep); err != nil {
 			return rep, err
@@ -77,13 +80,12 @@ func (d *Device) Sync(ctx context.Context, o SyncOptions) (rep Report, err error
 }
 
 // begin checks the capture and notes which sets are to be synced; a sync that was broken off keeps its list.
-func (d *Device) begin(ctx context.Context, o SyncOptions, rep *Report) (login Login, err error) {
+func (d *Device) begin(ctx context.Context, o SyncOptions, rep *Report) (st state, err error) {
 	err = d.write(ctx, func(t *txn) error {
-		st, err := t.state()
-		if err != nil {
+		if st, err = t.state(); err != nil {
 			return err
 		}
-		if login, err = st.login(); err != nil {
+		if _, err := st.login(); err != nil {
 			return err
 		}
 		c, err := t.load()
@@ -122,7 +124,7 @@ func (d *Device) begin(ctx context.Context, o SyncOptions, rep *Report) (login L
 		}
 		return nil
 	})
-	return login, err
+	return st, err
 }
 
 func setNames(c *catalogue) (names []string) {

@@ -10,7 +10,8 @@ import (
 // a *protocol.Error; every other error is one of transport, and the call may have had its effect or not.
 // Dial makes one; its user is Device, one call at a time.
 type Transport interface {
-	Enrol(ctx context.Context, e protocol.Enrolment) (protocol.Enrolled, error)
+	Enrol(ctx context.Context, e protocol.Enrolment) (protocol.Enrolled, error) // with a token in it: redeem
+	Rotate(ctx context.Context, r protocol.Rotation) error
 	Put(ctx context.Context, session, part string, p Payload) (protocol.Receipt, error)
 	// Get returns one page; the server may hold the call for some seconds while the page does not exist.
 	Get(ctx context.Context, session string, page int) (Payload, error)
@@ -28,13 +29,14 @@ type Payload struct {
 	Data        []byte
 }
 
-// Login is what a connection is made with: the password once, at enrolment, and the device's key ever after.
+// Login is what a connection is made with: password, enrolment token or JWT once, at enrolment, and the device's key ever after.
 type Login struct {
-	Servers  []string
-	User     string
-	Device   string
-	Password string
-	Seed     []byte // NKEY seed of type user; nil: log in with the password
+	Servers   []string
+	User      string
+	Device    string
+	Password  string
+	EnrolOnly string // enrolment token or JWT: such a connection can enrol and nothing else
+	Seed      []byte // NKEY seed of type user; nil: log in with one of the others
 }
 
 // Dialer connects. DialNATS is the usual one.

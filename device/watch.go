@@ -24,14 +24,13 @@ const lookForEdits = time.Second
 //
 // News is a hint: it may be lost with a connection or a server, so sync by the clock, too.
 func (d *Device) Await(ctx context.Context, sets ...string) (Wake, error) {
-	var login Login
+	var st state
 	ask := protocol.Watch{Sets: []protocol.WatchSet{}, Only: len(sets) > 0}
-	err := d.read(ctx, func(t *txn) error {
-		st, err := t.state()
-		if err != nil {
+	err := d.read(ctx, func(t *txn) (err error) {
+		if st, err = t.state(); err != nil {
 			return err
 		}
-		if login, err = st.login(); err != nil {
+		if _, err := st.login(); err != nil {
 			return err
 		}
 		c, err := t.load()
@@ -51,7 +50,7 @@ func (d *Device) Await(ctx context.Context, sets ...string) (Wake, error) {
 	if edits, err := d.edits(ctx, sets); edits || err != nil {
 		return Wake{Edits: edits}, err
 	}
-	tr, err := d.opts.Dial(ctx, login)
+	tr, err := d.connect(ctx, st)
 	if err != nil {
 		return Wake{}, err
 	}

@@ -65,6 +65,16 @@ func (w *wire) Enrol(_ context.Context, e protocol.Enrolment) (en protocol.Enrol
 	return en, err
 }
 
+func (w *wire) Rotate(_ context.Context, r protocol.Rotation) error {
+	return w.do("rotate", func() error {
+		if !nkeys.IsValidPublicUserKey(r.Key) {
+			return &protocol.Error{Code: protocol.CodeKey, Message: "not a user key"}
+		}
+		w.s.nextKeys[w.device] = r.Key
+		return nil
+	})
+}
+
 func (w *wire) Put(_ context.Context, session, part string, p Payload) (r protocol.Receipt, err error) {
 	err = w.do("put", func() error {
 		i, k, err := protocol.ParsePart(part)

@@ -22,6 +22,15 @@ const (
 	CodeKey         Code = "invalid_key_material" // an enrolment key that is not a public user NKEY
 )
 
+// Refusals of an enrolment, and of a device that is there twice.
+const (
+	CodeTokenExpired Code = "token_expired" // the enrolment token is too old
+	CodeTokenUsed    Code = "token_used"    // the enrolment token has enrolled a device already
+	CodeTokenRevoked Code = "token_revoked" // the operator has taken the enrolment token back
+	CodeTokenUnknown Code = "token_unknown" // no such enrolment token for this device
+	CodeSessionOpen  Code = "session_open"  // another file of the same device has a session under way: retry after the given time
+)
+
 // Rejections of one record by the merge.
 const (
 	CodeStale         Code = "stale_version"         // the row has changed since the version that the edit was made on

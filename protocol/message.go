@@ -37,6 +37,8 @@ type Request struct {
 
 	Verify *Verification `cbor:"14,keyasint,omitempty" json:"verify,omitempty"` // nil: the device does not know verification
 	Files  *FilesRequest `cbor:"18,keyasint,omitempty" json:"files,omitempty"`  // nil: the device does not know files
+
+	Library string `cbor:"17,keyasint,omitempty" json:"library,omitempty"` // client library and version, for the operator's eyes; empty: one that does not know Page.NewKey
 }
 
 // Values of Request.Wait; empty is WaitMerge.
@@ -91,7 +93,8 @@ type Page struct {
 	More        bool         `cbor:"17,keyasint,omitempty" json:"more,omitempty"`  // last page: verdicts of this session are still open; sync again later
 	Rows        int64        `cbor:"18,keyasint,omitempty" json:"rows,omitempty"`  // page 1: estimate of all rows in the reply, for a progress bar; 0: unknown
 	Verify      *Verified    `cbor:"19,keyasint,omitempty" json:"verify,omitempty"`
-	Files       []FilesPart  `cbor:"23,keyasint,omitempty" json:"files,omitempty"` // nothing for a device that knows no files
+	Files       []FilesPart  `cbor:"23,keyasint,omitempty" json:"files,omitempty"`   // nothing for a device that knows no files
+	NewKey      bool         `cbor:"22,keyasint,omitempty" json:"new_key,omitempty"` // page 1: the operator wants the device to take another key
 }
 
 // TableRows carries what changed in one table. Apply order: Gone, then Deletes, then Rows.
@@ -217,10 +220,24 @@ type News struct {
 	Error *Error   `json:"error,omitempty"`
 }
 
-// Enrolment asks for a device key: sent once, on a connection authenticated by password.
+// Enrolment asks for a device key: sent once, on a connection that was authenticated in another way. With a token it goes
+// to VerbRedeem.
 type Enrolment struct {
-	Key string `json:"key"` // the device's public NKEY (user type, "U...")
-	App string `json:"app,omitempty"`
+	Key     string `json:"key"` // the device's public NKEY (user type, "U...")
+	App     string `json:"app,omitempty"`
+	Library string `json:"library,omitempty"` // client library and version
+	Token   string `json:"token,omitempty"`   // enrolment token
+}
+
+// Rotation announces the key that a device will log in with from now on. The present one stays good until it has.
+type Rotation struct {
+	Key string `json:"key"` // public NKEY
+}
+
+// Rotated answers a Rotation.
+type Rotated struct {
+	OK    bool   `json:"ok"`
+	Error *Error `json:"error,omitempty"`
 }
 
 // Enrolled answers an Enrolment.

@@ -2,6 +2,8 @@ package protocol
 
 import (
 	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
 	"fmt"
 	"strconv"
 	"strings"
@@ -37,7 +39,15 @@ const (
 	VerbAck    = "ack"
 	VerbStatus = "status"
 	VerbWatch  = "watch"
+	VerbRedeem = "redeem" // enrolment with a token
+	VerbRotate = "rotate"
 )
+
+// MaxSecret is the longest password, enrolment token or JWT of a login, in bytes.
+const MaxSecret = 12 << 10
+
+// TokenPrefix is how enrolment tokens begin; no password does.
+const TokenPrefix = "wst_"
 
 // OperatorUser is the user of what operators submit at the server. It is no valid name: nobody can log in as it, and no
 // subject carries it.
@@ -59,6 +69,19 @@ func NoticeSubject(user, device string) string { return "ev." + user + "." + dev
 
 // InboxPrefix is the only place where a device may receive answers.
 func InboxPrefix(user, device string) string { return "_INBOX." + user + "." + device }
+
+// EnrolInbox is the only place where a connection may receive answers that was let in by an enrolment token or a JWT: such a
+// connection can enrol and nothing else, and hears nothing that is for the device's other connections.
+func EnrolInbox(user, device, secret string) string {
+	sum := sha256.Sum256([]byte(secret))
+	return InboxPrefix(user, device) + ".enrol-" + hex.EncodeToString(sum[:8])
+}
+
+// Fingerprint stands for a public key where people compare: "SHA256:" and 43 characters.
+func Fingerprint(publicKey string) string {
+	sum := sha256.Sum256([]byte(publicKey))
+	return "SHA256:" + base64.RawStdEncoding.EncodeToString(sum[:])
+}
 
 // ValidName tells whether a user, device or set name can be a subject token: [a-z0-9_-]{1,64}.
 func ValidName(token string) bool {

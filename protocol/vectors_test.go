@@ -41,7 +41,7 @@ func vectors(testing.TB) []vector {
 	first := req(1)
 	edits := req(2)
 	edits.Cursor, edits.Schema, edits.Epoch, edits.Wait, edits.App = "e1.734.a9", "5d41402abc4b2a76", "e1", WaitSource, "visits 2.4"
-	edits.Oldest = "2026-11-22T20:15:00Z"
+	edits.Oldest, edits.Library = "2026-11-22T20:15:00Z", "waystage-go/1.0"
 	edits.Columns = []Layout{{Table: "care.visit", Columns: []string{"id", "patient_id", "note", "weight", "photo", "done"}}}
 	edits.Changes = []Change{
 		{Table: "care.visit", Op: Insert, Key: []Value{val(id)}, New: []Value{val(id), val("17"), val("first visit"), val("72.50"), val(`\x00ff`), val("f")}},
@@ -81,6 +81,7 @@ func vectors(testing.TB) []vector {
 	}}}
 	delta := page(2)
 	delta.Last, delta.CursorFrom, delta.Cursor, delta.Epoch, delta.More = true, "e1.734.a9", "e1.760.1c", "e1", true
+	delta.NewKey = true
 	delta.Tables = []TableRows{{
 		Table: "care.visit", Columns: []string{"id", "patient_id", "note"}, Gone: []string{"18"}, Deletes: [][]Value{{val("3")}},
 		Rows: []Row{{Version: "755", Values: []Value{val(id), val("17"), val("first visit")}}},

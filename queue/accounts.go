@@ -134,6 +134,16 @@ var staticUsers = []grant{
 	{userSys, accountSys, []string{"$SYS.REQ.SERVER.PING.CONNZ", "$SYS.REQ.SERVER.*.KICK", "$SYS.REQ.USER.INFO"}, []string{"_INBOX.>"}},
 }
 
+// enrolGrant is what a connection may do that came by a secret which is good for one call. It hears nothing that is for the device's
+// other connections.
+func enrolGrant(user, device, verb, secret string) grant {
+	return grant{
+		user: user + "/" + device, account: accountDevices,
+		pub: []string{protocol.RequestSubject(user, device, verb)},
+		sub: []string{protocol.EnrolInbox(user, device, secret) + ".>"},
+	}
+}
+
 // deviceGrant is what a device may do, whether it came by key or by password.
 func deviceGrant(user, device string) grant {
 	return grant{
@@ -145,7 +155,8 @@ func deviceGrant(user, device string) grant {
 
 // Limits of one device's connection.
 const (
-	maxPayload = 1 << 20 // of the broker
+	maxPayload = 1 << 20  // of the broker
+	maxLine    = 24 << 10 // of the protocol's lines, the one with the login among them: a JWT has its place in it
 
 	// A part may have [MaxPart] bytes; what is a little larger still gets an answer that says so instead of a cut connection.
 	devicePayload = 768 << 10
@@ -205,6 +216,7 @@ func ServerConfig(s Secrets, o ServerConfigOptions) (string, error) {
 		p("http: %d", o.HTTP)
 	}
 	p("max_payload: %d", maxPayload)
+	p("max_control_line: %d", maxLine)
 	tls := ""
 	if o.CertFile != "" {
 		tls = fmt.Sprintf("tls { cert_file: %q, key_file: %q }", o.CertFile, o.KeyFile)

@@ -124,7 +124,7 @@ func TestKeyLogin(t *testing.T) {
 		t.Fatalf("%+v", r)
 	}
 	// A connection that is closed comes back by itself, with a new nonce.
-	if err := b.q.Disconnect(within(t), "alice", "phone"); err != nil {
+	if err := b.q.Disconnect(within(t), "alice", "phone", ""); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "reconnect", func() error {
@@ -156,7 +156,7 @@ func TestBlockedDeviceIsOut(t *testing.T) {
 	}
 	tablet, bob := b.device("alice/tablet"), b.device("bob/phone")
 	b.people.block("alice/phone")
-	if err := b.q.Disconnect(within(t), "alice", "phone"); err != nil {
+	if err := b.q.Disconnect(within(t), "alice", "phone", ""); err != nil {
 		t.Fatal(err)
 	}
 	for i := range d {
@@ -174,7 +174,7 @@ func TestBlockedDeviceIsOut(t *testing.T) {
 	}
 	// A user with all devices.
 	b.people.block("alice/tablet")
-	if err := b.q.Disconnect(within(t), "alice", ""); err != nil {
+	if err := b.q.Disconnect(within(t), "alice", "", ""); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "blocked user", func() error {

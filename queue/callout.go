@@ -19,29 +19,43 @@ import (
 	"github.com/waystage/waystage/protocol"
 )
 
-// Authenticator knows users and devices. An error that has a method ErrorCode() protocol.Code is a refusal, any other a
-// failure; neither lets the login in. Both must answer within two seconds when all is well.
+// Authenticator knows devices by their keys, and is told of refused logins. An error that has a method ErrorCode()
+// protocol.Code is a refusal, any other a failure; neither lets the login in. It must answer within two seconds when all is well.
 type Authenticator interface {
-	// Password checks a user's password for a login of one of the user's devices.
-	Password(ctx context.Context, user, device, password string) error
-	// Key finds the device that has the public key. That the connection can sign with it has been checked.
-	Key(ctx context.Context, publicKey string) (user, device string, err error)
+	// Key finds the device that has the public key. That the connection, which conn names, can sign with it has been checked.
+	Key(ctx context.Context, publicKey, conn string) (user, device string, err error)
+	// Refused hears of a refused login in a device's name, which was claimed and not proven. host is where it came from.
+	Refused(ctx context.Context, user, device string, code protocol.Code, host string) error
+}
+
+// Provider is one way for a device that has no key yet to prove whose it is: the users' passwords, enrolment tokens, the
+// company's identity provider. Another one is a type with these methods, and a line where the server is wired. Errors are as
+// those of [Authenticator].
+type Provider interface {
+	// Mine tells from the form of a secret whether it is this provider's to judge.
+	Mine(secret string) bool
+	// Identify checks that whoever has the secret may log in as the user's device.
+	Identify(ctx context.Context, user, device, secret string) error
+	// Only names the one call that such a login is good for ([protocol.VerbEnrol] or [protocol.VerbRedeem]); empty: every call of the device.
+	Only() string
 }
 
 // Callout decides the logins of devices, for the broker. Any number may run, in any process.
 type Callout struct {
-	broker Broker
-	auth   Authenticator
-	log    *zap.Logger
-	ready  signal
+	broker    Broker
+	auth      Authenticator
+	providers []Provider
+	log       *zap.Logger
+	ready     signal
+	failures  *failures
 }
 
-// NewCallout makes one. It does no I/O.
-func NewCallout(b Broker, auth Authenticator, log *zap.Logger) *Callout {
+// NewCallout makes one. The first provider that takes a secret for its own decides. It does no I/O.
+func NewCallout(b Broker, auth Authenticator, providers []Provider, log *zap.Logger) *Callout {
 	if log == nil {
 		log = zap.NewNop()
 	}
-	return &Callout{broker: b, auth: auth, log: log.Named("callout"), ready: newSignal()}
+	return &Callout{broker: b, auth: auth, providers: providers, log: log.Named("callout"), ready: newSignal(), failures: newFailures()}
 }
 
 const (
@@ -112,16 +126,15 @@ func (c *Callout) answer(ctx context.Context, k keys, m *nats.Msg) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, calloutTime)
 	defer cancel()
-	user, device, err := c.decide(ctx, req)
+	g, err := c.decide(ctx, req)
 	resp := jwt.NewAuthorizationResponseClaims(req.UserNkey)
 	resp.Audience = req.Server.ID
 	if err == nil {
-		resp.Jwt, err = token(k, req.UserNkey, user, device)
+		resp.Jwt, err = token(k, req.UserNkey, g)
 	}
 	if err != nil {
 		resp.Error = "login refused" // the reason is for the operator: the broker would tell it to whoever asks
-		c.log.Log(levelOf(err), "login refused", zap.String("host", req.ClientInformation.Host),
-			zap.String("login", oneLine(req.ConnectOptions.Username)), zap.String("key", oneLine(req.ConnectOptions.Nkey)), zap.Error(err))
+		c.refused(ctx, req, err)
 	}
 	out, err := resp.Encode(k.issuer)
 	if err != nil {
@@ -144,32 +157,66 @@ type errLogin string
 func (e errLogin) Error() string            { return string(e) }
 func (e errLogin) ErrorCode() protocol.Code { return protocol.CodeName }
 
-// decide says whose login it is.
-func (c *Callout) decide(ctx context.Context, req *jwt.AuthorizationRequestClaims) (user, device string, err error) {
-	o := req.ConnectOptions
+// refused tells the operator of a refused login: in the log, and at the device whose name was claimed.
+func (c *Callout) refused(ctx context.Context, req *jwt.AuthorizationRequestClaims, err error) {
+	host, login := req.ClientInformation.Host, oneLine(req.ConnectOptions.Username)
+	c.log.Log(levelOf(err), "login refused", zap.String("host", host), zap.String("login", login),
+		zap.String("key", oneLine(req.ConnectOptions.Nkey)), zap.String("code", string(codeOf(err))), zap.Error(err))
+	user, device, ok := strings.Cut(login, "/")
+	if !ok || !protocol.ValidName(user) || !protocol.ValidName(device) {
+		return
+	}
+	if err := c.auth.Refused(ctx, user, device, codeOf(err), host); err != nil {
+		c.log.Warn("cannot note a refused login", zap.Error(err))
+	}
+}
+
+// decide says whose login it is, and what it is good for.
+func (c *Callout) decide(ctx context.Context, req *jwt.AuthorizationRequestClaims) (grant, error) {
+	o, from := req.ConnectOptions, req.ClientInformation
 	switch {
 	case o.JWT != "" || o.Token != "":
-		return "", "", errLogin("a login by token; devices log in with a key, or with user/device and a password")
+		return grant{}, errLogin("a login by token; devices log in with a key, or with user/device and a secret as the password")
 	case o.Nkey != "":
-		if err := signed(o.Nkey, req.ClientInformation.Nonce, o.SignedNonce); err != nil {
-			return "", "", err
+		if err := signed(o.Nkey, from.Nonce, o.SignedNonce); err != nil {
+			return grant{}, err
 		}
-		user, device, err = c.auth.Key(ctx, o.Nkey)
-		if err == nil && o.Username != "" && o.Username != user+"/"+device {
-			err = errLogin("the key is another device's")
+		user, device, err := c.auth.Key(ctx, o.Nkey, connName(req.Server.ID, from.ID))
+		switch {
+		case err != nil:
+			return grant{}, err
+		case o.Username != "" && o.Username != user+"/"+device:
+			return grant{}, errLogin("the key is another device's")
+		case !protocol.ValidName(user) || !protocol.ValidName(device):
+			return grant{}, errLogin("the device's name cannot be part of a subject")
 		}
-	default:
-		var ok bool
-		user, device, ok = strings.Cut(o.Username, "/")
-		if !ok || !protocol.ValidName(user) || !protocol.ValidName(device) {
-			return "", "", errLogin("the login name is not <user>/<device> with names of 1 to 64 of a-z, 0-9, '_' and '-'")
-		}
-		err = c.auth.Password(ctx, user, device, o.Password)
+		return deviceGrant(user, device), nil
 	}
-	if err == nil && (!protocol.ValidName(user) || !protocol.ValidName(device)) {
-		err = errLogin("the device's name cannot be part of a subject")
+	user, device, ok := strings.Cut(o.Username, "/")
+	switch {
+	case !ok || !protocol.ValidName(user) || !protocol.ValidName(device):
+		return grant{}, errLogin("the login name is not <user>/<device> with names of 1 to 64 of a-z, 0-9, '_' and '-'")
+	case len(o.Password) > protocol.MaxSecret:
+		return grant{}, errLogin(fmt.Sprintf("the password, token or JWT has %d bytes, more than %d", len(o.Password), protocol.MaxSecret))
+	case !c.failures.may(from.Host, user):
+		return grant{}, errTooMany{}
 	}
-	return user, device, err
+	for _, p := range c.providers {
+		if !p.Mine(o.Password) {
+			continue
+		}
+		if err := p.Identify(ctx, user, device, o.Password); err != nil {
+			if codeOf(err) != "" {
+				c.failures.note(from.Host, user)
+			}
+			return grant{}, err
+		}
+		if verb := p.Only(); verb != "" {
+			return enrolGrant(user, device, verb, o.Password), nil
+		}
+		return deviceGrant(user, device), nil
+	}
+	return grant{}, errLogin("there is no identity provider for this kind of login")
 }
 
 // signed checks that the client has the key's private half: it signed the nonce that the broker sent it.
@@ -194,8 +241,7 @@ func signed(public, nonce, signature string) error {
 }
 
 // token is what the broker binds the connection to.
-func token(k keys, userKey, user, device string) (string, error) {
-	g := deviceGrant(user, device)
+func token(k keys, userKey string, g grant) (string, error) {
 	uc := jwt.NewUserClaims(userKey)
 	uc.Audience = g.account
 	uc.Name = g.user // Connz shows it; Disconnect finds connections by it
@@ -212,9 +258,17 @@ func token(k keys, userKey, user, device string) (string, error) {
 // coded is a refusal: an error that its cause can do something about.
 type coded interface{ ErrorCode() protocol.Code }
 
-func levelOf(err error) zapcore.Level {
+// codeOf is the stable name of a refusal; empty: a failure.
+func codeOf(err error) protocol.Code {
 	var c coded
 	if errors.As(err, &c) {
+		return c.ErrorCode()
+	}
+	return ""
+}
+
+func levelOf(err error) zapcore.Level {
+	if codeOf(err) != "" {
 		return zap.InfoLevel
 	}
 	return zap.ErrorLevel

@@ -120,7 +120,7 @@ func TestClusterOfServers(t *testing.T) {
 
 	// A block reaches all nodes.
 	b.people.block("alice/phone")
-	if err := b.q.Disconnect(within(t), "alice", "phone"); err != nil {
+	if err := b.q.Disconnect(within(t), "alice", "phone", ""); err != nil {
 		t.Fatal(err)
 	}
 	for _, nc := range []*nats.Conn{phone.nc, keyed} {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -25,18 +26,22 @@ type connection struct {
 	name   string // "user/device"
 }
 
+// connName names a connection in the whole cluster.
+func connName(server string, cid uint64) string { return server + ":" + strconv.FormatUint(cid, 10) }
+
 // Disconnect closes the connections of a device, or of all of a user's devices when device is empty, on every server of the
 // cluster. It is for a device that the Authenticator refuses from now on: else it is back at once. A login that was being
-// decided at this moment is caught by a second look after the longest time that a login takes.
-func (q *Queue) Disconnect(ctx context.Context, user, device string) error {
-	err := q.disconnect(ctx, user, device)
+// decided at this moment is caught by a second look after the longest time that a login takes. The connection that except
+// names (as [Authenticator] heard it) may stay.
+func (q *Queue) Disconnect(ctx context.Context, user, device, except string) error {
+	err := q.disconnect(ctx, user, device, except)
 	q.mu.Lock()
 	if q.ctx.Err() == nil {
 		q.wg.Go(func() {
 			if !sleep(q.ctx, authTimeout+time.Second) {
 				return
 			}
-			if err := q.disconnect(q.ctx, user, device); err != nil && q.ctx.Err() == nil {
+			if err := q.disconnect(q.ctx, user, device, except); err != nil && q.ctx.Err() == nil {
 				q.log.Warn("cannot look a second time for connections of a blocked device", zap.String("user", user), zap.String("device", device), zap.Error(err))
 			}
 		})
@@ -45,10 +50,13 @@ func (q *Queue) Disconnect(ctx context.Context, user, device string) error {
 	return err
 }
 
-func (q *Queue) disconnect(ctx context.Context, user, device string) error {
+func (q *Queue) disconnect(ctx context.Context, user, device, except string) error {
 	all, err := q.connections(ctx, user, device)
 	errs := []error{err}
 	for _, c := range all {
+		if connName(c.server, c.cid) == except {
+			continue
+		}
 		body, err := json.Marshal(map[string]uint64{"cid": c.cid})
 		if err != nil {
 			return err

@@ -28,7 +28,8 @@ const MaxPart = 512 << 10
 // StatusSource tells how far a session of this device has come. State "unknown" makes the gateway look in the input queue.
 type StatusSource func(ctx context.Context, user, device, session string) (protocol.Status, error)
 
-// Enroller gives a device its key. An error with a method ErrorCode() protocol.Code is told to the device.
+// Enroller gives a device its key; with a token in the request, for that token. An error with a method ErrorCode() protocol.Code is
+// told to the device.
 type Enroller func(ctx context.Context, user, device string, req protocol.Enrolment) (protocol.Enrolled, error)
 
 // GatewayConfig of a [Gateway]. Zero values mean the defaults.
@@ -44,6 +45,9 @@ type GatewayConfig struct {
 	// News waits until a sync would bring the device something, or ctx ends; nil: devices are told to ask again.
 	News      func(ctx context.Context, user, device string, ask protocol.Watch) []string
 	HoldWatch time.Duration // how long a watch waits for news (default 30 seconds)
+
+	// Rotate notes the key that a device will log in with from now on; errors as those of [Enroller]. nil: keys do not change.
+	Rotate func(ctx context.Context, user, device string, req protocol.Rotation) error
 
 	// Applied hears that a device has applied the reply to a session, before its pages are removed; nil: nobody.
 	Applied func(ctx context.Context, user, device, session string) error
@@ -187,7 +191,7 @@ func (s *shift) serve() error {
 		{protocol.VerbAck, ".*", s.ack},
 		{protocol.VerbStatus, ".*", s.tell},
 	}
-	others := []endpoint{{protocol.VerbEnrol, "", s.enter}, {protocol.VerbWatch, "", s.watch}}
+	others := []endpoint{{protocol.VerbEnrol, "", s.enter}, {protocol.VerbWatch, "", s.watch}, {protocol.VerbRedeem, "", s.redeem}, {protocol.VerbRotate, "", s.rotate}}
 	if s.cfg.Files != nil {
 		others = append(others, endpoint{protocol.VerbFileGet, ".*.*", s.fileGet}, endpoint{protocol.VerbFileOffer, ".*", s.fileOffer},
 			endpoint{protocol.VerbFilePut, ".*.*", s.filePut}, endpoint{protocol.VerbFileCommit, ".*", s.fileCommit})
@@ -273,10 +277,12 @@ func (c *call) refuseWith(e *protocol.Error) {
 		c.answer(protocol.Status{State: "unknown", Error: e})
 	case protocol.VerbFileOffer, protocol.VerbFilePut, protocol.VerbFileCommit:
 		c.answer(protocol.FileReceipt{Error: e})
-	case protocol.VerbEnrol:
+	case protocol.VerbEnrol, protocol.VerbRedeem:
 		c.answer(protocol.Enrolled{User: c.user, Device: c.device, Error: e})
 	case protocol.VerbWatch:
 		c.answer(protocol.News{Sets: []string{}, Error: e})
+	case protocol.VerbRotate:
+		c.answer(protocol.Rotated{Error: e})
 	default:
 		err := c.r.RespondJSON(e, micro.WithHeaders(micro.Headers{protocol.HeaderError: {string(e.Code)}}))
 		if err != nil {
@@ -559,17 +565,6 @@ func (s *shift) watch(c *call) {
 		}
 		c.answer(protocol.News{Sets: sets})
 	})
-}
-
-// enter takes a device's key.
-func (s *shift) enter(c *call) {
-	s.counts.enrols.Add(1)
-	var req protocol.Enrolment
-	if err := json.Unmarshal(c.r.Data(), &req); err != nil || len(c.r.Data()) > 4096 {
-		c.refuse(protocol.CodeMalformed, 0, `an enrolment is JSON: {"key": "U...", "app": "..."}`)
-		return
-	}
-	s.do(c, func(ctx context.Context) (any, error) { return s.enrol(ctx, c.user, c.device, req) })
 }
 
 // maxDoing bounds the calls other than put and get that are worked on at the same time.

@@ -39,6 +39,8 @@ type people struct {
 	passwords map[string]string // by user
 	keys      map[string]string // public key -> user/device
 	blocked   map[string]bool   // user/device
+	refused   []string
+	conn      func(string) // told of the connection of each login by key
 	broken    error
 }
 
@@ -47,7 +49,18 @@ func newPeople() *people {
 		keys: map[string]string{}, blocked: map[string]bool{}}
 }
 
-func (p *people) Password(_ context.Context, user, device, password string) error {
+func (p *people) Mine(string) bool { return true }
+func (p *people) Only() string     { return "" }
+
+// Refused keeps what the operator is told, "user/device code".
+func (p *people) Refused(_ context.Context, user, device string, code protocol.Code, _ string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.refused = append(p.refused, user+"/"+device+" "+string(code))
+	return nil
+}
+
+func (p *people) Identify(_ context.Context, user, device, password string) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
@@ -61,9 +74,12 @@ func (p *people) Password(_ context.Context, user, device, password string) erro
 	return nil
 }
 
-func (p *people) Key(_ context.Context, key string) (string, string, error) {
+func (p *people) Key(_ context.Context, key, conn string) (string, string, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.conn != nil {
+		p.conn(conn)
+	}
 	who, ok := p.keys[key]
 	if !ok || p.blocked[who] {
 		return "", "", refusal("credentials")
@@ -90,20 +106,21 @@ func (p *people) block(who string) {
 
 // bench is a whole queue: server, streams, callout, gateway.
 type bench struct {
-	t       testing.TB
-	server  *queue.Server
-	q       *queue.Queue
-	people  *people
-	gw      *queue.Gateway
-	status  queue.StatusSource
-	dir     string
-	options queue.ServerOptions
-	cfg     queue.Config
-	gwcfg   queue.GatewayConfig
-	watched chan watched
-	stop    func()
-	tcp     bool
-	trust   *tls.Config
+	t         testing.TB
+	server    *queue.Server
+	q         *queue.Queue
+	people    *people
+	providers []queue.Provider // before the people's passwords
+	gw        *queue.Gateway
+	status    queue.StatusSource
+	dir       string
+	options   queue.ServerOptions
+	cfg       queue.Config
+	gwcfg     queue.GatewayConfig
+	watched   chan watched
+	stop      func()
+	tcp       bool
+	trust     *tls.Config
 }
 
 // overTCP makes a bench whose server can be restarted.
@@ -158,7 +175,7 @@ func (b *bench) serve() {
 		end()
 		b.t.Fatal(err)
 	}
-	callout := queue.NewCallout(b.cfg.Broker, b.people, log)
+	callout := queue.NewCallout(b.cfg.Broker, b.people, append(b.providers, b.people), log)
 	cfg := b.gwcfg
 	cfg.News = b.news
 	b.gw = queue.NewGateway(b.q, cfg, b.people.enrol, b.status, log)

@@ -85,7 +85,7 @@ func options(o ServerOptions) (*server.Options, error) {
 	}
 	opts.ServerName, opts.Host, opts.Port, opts.NoSigs = o.Name, o.Host, o.Port, true
 	opts.JetStream, opts.StoreDir, opts.JetStreamMaxStore, opts.SyncAlways = true, o.StoreDir, o.MaxStore, o.SyncAlways
-	opts.MaxPayload = maxPayload
+	opts.MaxPayload, opts.MaxControlLine = maxPayload, maxLine
 	// The first ping of the server comes after two seconds even to a client that is still logging in, which then gives
 	// up: many devices that come back at once must not be turned away for that.
 	opts.DisableShortFirstPing = true

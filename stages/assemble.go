@@ -34,6 +34,9 @@ type incoming struct {
 
 	outcome   outcome
 	deviceID  int64
+	resetAt   time.Time // incarnations from before do not go on
+	reset     bool      // it was refused for that
+	newKey    bool      // the reply asks for another key
 	records   []record
 	sessionID int64
 	replied   bool // a redelivered one: the session has been replied to, in so many pages

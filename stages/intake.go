@@ -26,6 +26,7 @@ type IntakeConfig struct {
 	SeriesRetry   time.Duration   // first delay before the parts of an incomplete series come again (default 1 s)
 	Retry         time.Duration   // delay before a part comes again after a failure of ours (default 1 s)
 	MaxDeliveries int             // a request that fails by itself as often becomes a dead letter (default 5)
+	Lease         time.Duration   // since its last step, for which a session keeps other files of the same device waiting (default 10 s)
 }
 
 func (c IntakeConfig) withDefaults() IntakeConfig {
@@ -38,6 +39,7 @@ func (c IntakeConfig) withDefaults() IntakeConfig {
 	def(&c.SeriesRetry, time.Second)
 	def(&c.Retry, time.Second)
 	def(&c.MaxDeliveries, 5)
+	def(&c.Lease, 10*time.Second)
 	return c
 }
 
@@ -247,6 +249,9 @@ func (in *Intake) answer(ctx context.Context, r *incoming) error {
 	b.Queue(`UPDATE waystage.session SET pages = 0
 		WHERE incarnation = $1 AND n = $2 AND user_name = $3 AND device_name = $4 AND pages > 0`, r.incarnation, r.n, r.user, r.device)
 	b.Queue(refusalSQL, r.user, r.device, r.session, string(r.refusal.Code), clean(r.refusal.Message), r.received)
+	if r.refusal.Code == protocol.CodeForked && !r.reset {
+		b.Queue(forkedSQL, r.user, r.device, r.session)
+	}
 	if err := in.db.SendBatch(ctx, b).Close(); err != nil {
 		return fmt.Errorf("note the refusal of session %s: %w", r.session, err)
 	}
@@ -294,9 +299,10 @@ func (in *Intake) ready(r *incoming, pages int) {
 
 // ledger is what is known of an incarnation (rule D4).
 type ledger struct {
-	deviceID int64
-	lastN    int64
-	lastHash []byte
+	deviceID  int64
+	lastN     int64
+	lastHash  []byte
+	createdAt time.Time
 }
 
 // decide applies rule D4.
@@ -306,6 +312,9 @@ func (l *ledger) decide(r *incoming) outcome {
 		r.refuse(protocol.CodeForked, "session %d of an incarnation that this server does not know: the device's file is not the one that synced last; go on under a new incarnation", r.req.N)
 	case l.deviceID != r.deviceID:
 		r.refuse(protocol.CodeForked, "the incarnation belongs to another device: this file is a copy; go on under a new incarnation")
+	case l.createdAt.Before(r.resetAt):
+		r.reset = true
+		r.refuse(protocol.CodeForked, "the operator has reset this device: go on under a new incarnation with a full refresh; unsent changes stay")
 	case r.req.N == l.lastN+1:
 		l.lastN, l.lastHash = r.req.N, r.hash
 		return taken

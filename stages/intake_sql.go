@@ -69,15 +69,18 @@ func (in *Intake) devices(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 		id      int64
 		blocked bool
 		groups  []string
+		resetAt time.Time
+		newKey  bool
 	}
 	users, devices := make([]string, len(reqs)), make([]string, len(reqs))
 	for i, r := range reqs {
 		users[i], devices[i] = r.user, r.device
 	}
 	rows, err := tx.Query(ctx, `
-		SELECT d.id, d.user_name, d.name, d.blocked OR u.blocked, u.groups, (SELECT value::bigint FROM waystage.meta WHERE key = 'layout')
+		SELECT d.id, d.user_name, d.name, d.blocked OR u.blocked, u.groups, coalesce(d.reset_at, 'epoch'), d.new_key_asked_at IS NOT NULL,
+			(SELECT value::bigint FROM waystage.meta WHERE key = 'layout')
 		FROM waystage.device d JOIN waystage.app_user u ON u.name = d.user_name
-		WHERE (d.user_name, d.name) IN (SELECT * FROM unnest($1::text[], $2::text[]))
+		WHERE (d.user_name, d.name) IN (SELECT * FROM unnest($1::text[], $2::text[])) AND d.removed_at IS NULL
 		ORDER BY d.id FOR NO KEY UPDATE OF d`, users, devices)
 	if err != nil {
 		return err
@@ -86,7 +89,7 @@ func (in *Intake) devices(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 	var k known
 	var id identity
 	layout := cat.layout
-	_, err = pgx.ForEachRow(rows, []any{&k.id, &id.user, &id.device, &k.blocked, &k.groups, &layout}, func() error {
+	_, err = pgx.ForEachRow(rows, []any{&k.id, &id.user, &id.device, &k.blocked, &k.groups, &k.resetAt, &k.newKey, &layout}, func() error {
 		found[id] = k
 		k.groups = nil
 		return nil
@@ -99,7 +102,7 @@ func (in *Intake) devices(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 	}
 	for _, r := range reqs {
 		k, ok := found[identity{r.user, r.device}]
-		r.deviceID = k.id
+		r.deviceID, r.resetAt, r.newKey = k.id, k.resetAt, k.newKey && r.req.Library != ""
 		switch {
 		case !ok:
 			r.refuse(protocol.CodeBlocked, "device %s of user %s is not known any more; enrol it again", r.device, r.user)
@@ -120,12 +123,12 @@ func (in *Intake) devices(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 // ledgers applies rule D4 to the requests that are still open, in the order in which they came.
 func (in *Intake) ledgers(ctx context.Context, tx pgx.Tx, reqs []*incoming) error {
 	var all, newIDs []string
-	var newDevices []int64
+	var devices, newDevices []int64
 	for _, r := range reqs {
 		if r.outcome != undecided {
 			continue
 		}
-		all = append(all, r.req.Incarnation)
+		all, devices = append(all, r.req.Incarnation), append(devices, r.deviceID)
 		if r.req.N == 1 {
 			newIDs, newDevices = append(newIDs, r.req.Incarnation), append(newDevices, r.deviceID)
 		}
@@ -138,18 +141,30 @@ func (in *Intake) ledgers(ctx context.Context, tx pgx.Tx, reqs []*incoming) erro
 		SELECT u.id, min(u.device_id) FROM unnest($1::text[], $2::bigint[]) AS u(id, device_id) GROUP BY u.id ORDER BY u.id
 		ON CONFLICT (id) DO NOTHING`, newIDs, newDevices)
 	ledgers := map[string]*ledger{}
-	b.Queue(`SELECT id, device_id, last_n, last_hash FROM waystage.incarnation WHERE id = ANY ($1) ORDER BY id FOR UPDATE`, all).
+	b.Queue(`SELECT id, device_id, last_n, last_hash, created_at FROM waystage.incarnation WHERE id = ANY ($1) ORDER BY id FOR UPDATE`, all).
 		Query(func(rows pgx.Rows) error {
 			for rows.Next() {
 				var id string
 				l := &ledger{}
-				if err := rows.Scan(&id, &l.deviceID, &l.lastN, &l.lastHash); err != nil {
+				if err := rows.Scan(&id, &l.deviceID, &l.lastN, &l.lastHash, &l.createdAt); err != nil {
 					return err
 				}
 				ledgers[id] = l
 			}
 			return rows.Err()
 		})
+	under := map[int64][]lease{}
+	b.Queue(leasesSQL, devices, in.cfg.Lease.Seconds()).Query(func(rows pgx.Rows) error {
+		for rows.Next() {
+			var device int64
+			var l lease
+			if err := rows.Scan(&device, &l.incarnation, &l.left); err != nil {
+				return err
+			}
+			under[device] = append(under[device], l)
+		}
+		return rows.Err()
+	})
 	if err := tx.SendBatch(ctx, b).Close(); err != nil {
 		return err
 	}
@@ -160,7 +175,15 @@ func (in *Intake) ledgers(ctx context.Context, tx pgx.Tx, reqs []*incoming) erro
 		if r.outcome != undecided {
 			continue
 		}
-		if r.outcome = ledgers[r.req.Incarnation].decide(r); r.outcome == again {
+		if other := ofAnother(under[r.deviceID], r.req.Incarnation); other != nil && ledgers[r.req.Incarnation].next(r) {
+			r.refuse(protocol.CodeSessionOpen, "another copy of this device's file has a session under way: a copy is a device of its own, enrol it as one; "+
+				"this file may go on in %d s if the other has stopped", other.left)
+			r.refusal.Retry = other.left
+			continue
+		}
+		if r.outcome = ledgers[r.req.Incarnation].decide(r); r.outcome == taken {
+			under[r.deviceID] = append(under[r.deviceID], lease{r.req.Incarnation, max(1, int(in.cfg.Lease.Seconds()))})
+		} else if r.outcome == again {
 			ids, ns = append(ids, r.req.Incarnation), append(ns, r.req.N)
 			redelivered[r.session] = append(redelivered[r.session], r)
 		}
@@ -214,7 +237,7 @@ func (in *Intake) insert(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*i
 	if err != nil {
 		return err
 	}
-	var ids, apps []string
+	var ids, apps, libraries []string
 	var ns, devices []int64
 	var hashes [][]byte
 	var oldest []*time.Time
@@ -223,7 +246,7 @@ func (in *Intake) insert(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*i
 		last[r.req.Incarnation] = i
 	}
 	for i, r := range reqs {
-		apps, devices = append(apps, clean(r.req.App)), append(devices, r.deviceID)
+		apps, libraries, devices = append(apps, clean(r.req.App)), append(libraries, clean(r.req.Library)), append(devices, r.deviceID)
 		t, err := time.Parse(time.RFC3339, r.req.Oldest)
 		if err != nil {
 			oldest = append(oldest, nil)
@@ -238,9 +261,9 @@ func (in *Intake) insert(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*i
 	b := &pgx.Batch{}
 	b.Queue(`UPDATE waystage.incarnation i SET last_n = u.n, last_hash = u.hash
 		FROM unnest($1::text[], $2::bigint[], $3::bytea[]) AS u(id, n, hash) WHERE i.id = u.id`, ids, ns, hashes)
-	b.Queue(`UPDATE waystage.device d SET last_seen_at = now(), app = u.app, oldest_unsent_at = u.oldest
-		FROM (SELECT DISTINCT ON (id) * FROM unnest($1::bigint[], $2::text[], $3::timestamptz[]) WITH ORDINALITY AS v(id, app, oldest, ord) ORDER BY id, ord DESC) u
-		WHERE d.id = u.id`, devices, apps, oldest)
+	b.Queue(`UPDATE waystage.device d SET last_seen_at = now(), app = u.app, library = u.library, oldest_unsent_at = u.oldest
+		FROM (SELECT DISTINCT ON (id) * FROM unnest($1::bigint[], $2::text[], $3::text[], $4::timestamptz[]) WITH ORDINALITY AS v(id, app, library, oldest, ord) ORDER BY id, ord DESC) u
+		WHERE d.id = u.id`, devices, apps, libraries, oldest)
 	// Whoever opens a session has applied the reply to the one before (rule D1).
 	b.Queue(`UPDATE waystage.session s SET state = 'closed', closed_at = clock_timestamp()
 		FROM unnest($1::text[], $2::bigint[]) AS u(id, n) WHERE s.incarnation = u.id AND s.n = u.n - 1 AND s.state = 'replied'`, ids, ns)
@@ -257,7 +280,7 @@ func (in *Intake) insertSessions(ctx context.Context, tx pgx.Tx, cat *Catalog, r
 		users, names, tokens, incs, nonces, sets          = make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n)
 		cursors, epochs, schemas, contentTypes, encodings = make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n)
 		hashes                                            = make([][]byte, n)
-		waits                                             = make([]bool, n)
+		waits, newKeys                                    = make([]bool, n), make([]bool, n)
 		records                                           = make([]int, n)
 		received                                          = make([]time.Time, n)
 		verify, files                                     = make([]*string, n), make([]*string, n)
@@ -267,6 +290,7 @@ func (in *Intake) insertSessions(ctx context.Context, tx pgx.Tx, cat *Catalog, r
 		devices[i], ns[i], users[i], names[i], tokens[i] = r.deviceID, r.req.N, r.user, r.device, r.session
 		incs[i], nonces[i], sets[i], cursors[i], epochs[i] = r.req.Incarnation, r.req.Nonce, r.req.Set, r.req.Cursor, r.req.Epoch
 		schemas[i], contentTypes[i], encodings[i], hashes[i] = r.req.Schema, r.contentType, r.encoding, r.hash
+		newKeys[i] = r.newKey
 		waits[i], records[i], received[i] = r.req.Wait == protocol.WaitSource, len(r.records), r.received
 		byToken[r.session] = r
 		var err error
@@ -280,17 +304,17 @@ func (in *Intake) insertSessions(ctx context.Context, tx pgx.Tx, cat *Catalog, r
 	// A session without records has nothing to be merged.
 	rows, err := tx.Query(ctx, `
 		INSERT INTO waystage.session (device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
-			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify, files, judged_by, state, merged_at)
+			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify, files, new_key, judged_by, state, merged_at)
 		SELECT device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
-			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify::jsonb, files::jsonb, $20,
+			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify::jsonb, files::jsonb, new_key, $21,
 			CASE WHEN records = 0 THEN 'merged' ELSE 'staged' END, CASE WHEN records = 0 THEN clock_timestamp() END
 		FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[],
-			$11::text[], $12::text[], $13::text[], $14::bytea[], $15::boolean[], $16::int[], $17::timestamptz[], $18::text[], $19::text[]) WITH ORDINALITY
+			$11::text[], $12::text[], $13::text[], $14::bytea[], $15::boolean[], $16::int[], $17::timestamptz[], $18::text[], $19::text[], $20::boolean[]) WITH ORDINALITY
 			AS u(device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
-			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify, files, ord)
+			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify, files, new_key, ord)
 		ORDER BY ord
 		RETURNING token, id`,
-		devices, ns, users, names, tokens, incs, nonces, sets, cursors, epochs, schemas, contentTypes, encodings, hashes, waits, records, received, verify, files, cat.layout)
+		devices, ns, users, names, tokens, incs, nonces, sets, cursors, epochs, schemas, contentTypes, encodings, hashes, waits, records, received, verify, files, newKeys, cat.layout)
 	if err != nil {
 		return err
 	}

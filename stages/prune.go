@@ -69,7 +69,7 @@ func (p *Pruner) Run(ctx context.Context) error {
 
 // Pruned counts removed rows.
 type Pruned struct {
-	Changes, Sessions, Refusals, Cursors, Keysets, Tombstones int64
+	Changes, Sessions, Refusals, Cursors, Keysets, Tombstones, Devices, Tokens int64
 }
 
 // Prune does it once.
@@ -123,6 +123,23 @@ func (p *Pruner) Prune(ctx context.Context) (n Pruned, err error) {
 	}
 	n.Refusals, err = p.chunks(ctx, "refusals", `
 		DELETE FROM waystage.refusal WHERE ctid = ANY (ARRAY(SELECT f.ctid FROM waystage.refusal f WHERE f.refused_at < now() - $2::interval LIMIT $1))`, p.cfg.Sessions)
+	if err != nil {
+		return n, err
+	}
+	// A removed device goes when everything that was taken from it has its verdict, and a device of the same name would have heard.
+	n.Devices, err = p.chunks(ctx, "removed devices", `
+		DELETE FROM waystage.device WHERE removed_at < now() - $2::interval AND id IN (
+			SELECT d.id FROM waystage.device d
+			WHERE d.removed_at < now() - $2::interval
+				AND NOT EXISTS (SELECT FROM waystage.session s WHERE s.device_id = d.id AND s.state = 'staged')
+				AND NOT EXISTS (SELECT FROM waystage.change c WHERE c.device_id = d.id AND c.state = 'merged')
+			ORDER BY d.id LIMIT $1)`, p.cfg.Sessions)
+	if err != nil {
+		return n, err
+	}
+	n.Tokens, err = p.chunks(ctx, "enrolment tokens", `
+		DELETE FROM waystage.enrol_token WHERE id IN (
+			SELECT t.id FROM waystage.enrol_token t WHERE greatest(t.expires_at, t.used_at) < now() - $2::interval ORDER BY t.id LIMIT $1)`, p.cfg.Sessions)
 	if err != nil {
 		return n, err
 	}

@@ -133,6 +133,7 @@ type session struct {
 	asked                 bool                   // the operator wants the set verified
 	filesKnown            *protocol.FilesRequest // nil: the device knows of no files
 	watching              bool                   // no reply is composed; whether the device knows files shows its cursor
+	newKey                bool                   // the operator wants the device to take another key
 
 	from     *cursor // nil: everything
 	gone     bool    // its set is not the user's any more: verdicts are told, and all rows leave
@@ -178,7 +179,7 @@ func (r *Reply) claim(ctx context.Context, conn *pgxpool.Conn, cat *Catalog) (lo
 	sessions, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (*session, error) {
 		s := &session{}
 		return s, row.Scan(&s.id, &s.deviceID, &s.user, &s.device, &s.groups, &s.attributes, &s.token, &s.incarnation, &s.n, &s.nonce, &s.set,
-			&s.cursorFrom, &s.schema, &s.contentType, &s.encoding, &s.records, &s.verify, &s.asked, &s.filesKnown)
+			&s.cursorFrom, &s.schema, &s.contentType, &s.encoding, &s.records, &s.verify, &s.asked, &s.filesKnown, &s.newKey)
 	})
 	return true, sessions, err
 }

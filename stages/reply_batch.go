@@ -113,7 +113,7 @@ func (b *replyBatch) run() error {
 // is gone.
 func (b *replyBatch) admit(s *session) {
 	ok, sets := b.cat.allows(s.groups, s.set)
-	s.pages.first.Sets = sets
+	s.pages.first.Sets, s.pages.first.NewKey = sets, s.newKey
 	if s.gone = !ok && s.records > 0; s.gone {
 		return
 	}

@@ -97,7 +97,7 @@ SELECT s.id, s.device_id, s.user_name, s.device_name, u.groups, u.attributes::te
 	s.cursor_from, s.schema_hash, s.content_type, s.encoding, s.records, s.verify,
 	s.verify IS NOT NULL AND EXISTS (SELECT FROM waystage.device d LEFT JOIN waystage.device_check k ON k.device_id = d.id AND k.set_name = s.set_name
 		WHERE d.id = s.device_id AND d.verify_asked_at > coalesce(k.told_at, '-infinity')),
-	s.files
+	s.files, s.new_key
 FROM waystage.session s JOIN waystage.app_user u ON u.name = s.user_name
 WHERE s.id = ANY ($1) AND s.state = 'merged' ORDER BY s.id`
 

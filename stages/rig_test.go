@@ -99,6 +99,10 @@ func TestStages(t *testing.T) {
 		"ledger":               testLedger,
 		"series":               testSeries,
 		"poison":               testPoison,
+		// lease_test.go
+		"two files of one device": testTwoFiles,
+		"reset and removed":       testResetAndRemoved,
+		"another key is wanted":   testNewKeyWanted,
 		// reply_test.go
 		"download":             testDownload,
 		"commits overtake":     testCommitsOvertake,
@@ -212,7 +216,7 @@ func (r *rig) stages() {
 		defer r.mu.Unlock()
 		r.kicks[stage]++
 	}
-	r.intake = NewIntake(IntakeConfig{Wait: time.Millisecond, SeriesRetry: time.Millisecond, Retry: time.Millisecond}, r.db, catalog, r.q, r.q, kick, nil)
+	r.intake = NewIntake(IntakeConfig{Wait: time.Millisecond, SeriesRetry: time.Millisecond, Retry: time.Millisecond, Lease: time.Nanosecond}, r.db, catalog, r.q, r.q, kick, nil)
 	r.merge = NewMerge(MergeConfig{Hold: 50 * time.Millisecond}, r.db, catalog, kick, nil)
 	r.reply = NewReply(ReplyConfig{Hold: 50 * time.Millisecond}, r.db, catalog, r.q, nil)
 }

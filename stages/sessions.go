@@ -40,6 +40,12 @@ INSERT INTO waystage.refusal (user_name, device_name, token, code, message, rece
 ON CONFLICT (user_name, device_name, token) DO UPDATE SET code = excluded.code, message = excluded.message, received_at = excluded.received_at,
 	refused_at = clock_timestamp(), times = refusal.times + 1`
 
+// forkedSQL counts, at the device, a request that does not continue its incarnation, once however often it comes.
+const forkedSQL = `
+UPDATE waystage.device d SET forks = forks + 1, forked_at = now()
+FROM waystage.refusal r WHERE d.user_name = $1 AND d.name = $2
+	AND r.user_name = $1 AND r.device_name = $2 AND r.token = $3 AND r.times = 1`
+
 // Status tells how far a session of the device has come; state "unknown" if it was not staged (yet).
 func (s *Sessions) Status(ctx context.Context, user, device, token string) (protocol.Status, error) {
 	incarnation, n, err := protocol.ParseSession(token)

@@ -12,6 +12,8 @@ import (
 	"sync"
 
 	"golang.org/x/crypto/argon2"
+
+	"github.com/waystage/waystage/protocol"
 )
 
 // Cost of one hash: 19 MiB and two passes are OWASP's first choice for argon2id. Logins by password are rare (enrolment).
@@ -46,7 +48,7 @@ func newHasher() *hasher {
 
 // make hashes a password as a PHC string.
 func (h *hasher) make(ctx context.Context, password string) (string, error) {
-	if len(password) < minPassword || len(password) > maxPassword {
+	if len(password) < minPassword || len(password) > maxPassword || strings.HasPrefix(password, protocol.TokenPrefix) {
 		return "", ErrPassword
 	}
 	salt := make([]byte, saltSize)

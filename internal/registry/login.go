@@ -22,7 +22,7 @@ func (r *Registry) Password(ctx context.Context, user, device, password string) 
 	var blocked bool
 	err := r.pool.QueryRow(ctx, `
 		SELECT u.password_hash, u.blocked OR coalesce(d.blocked, false)
-		  FROM waystage.app_user u LEFT JOIN waystage.device d ON d.user_name = u.name AND d.name = $2
+		  FROM waystage.app_user u LEFT JOIN waystage.device d ON d.user_name = u.name AND d.name = $2 AND d.removed_at IS NULL
 		 WHERE u.name = $1`, user, device).Scan(&phc, &blocked)
 	unknown := errors.Is(err, pgx.ErrNoRows)
 	if err != nil && !unknown {
@@ -48,25 +48,18 @@ func (r *Registry) Password(ctx context.Context, user, device, password string) 
 	return nil
 }
 
-// Key finds the device that a public key belongs to. The caller has checked that the connection can sign with it.
-// Refusals are [ErrCredentials] and [ErrBlocked].
-func (r *Registry) Key(ctx context.Context, publicKey string) (user, device string, err error) {
-	var id int64
-	var blocked bool
-	err = r.pool.QueryRow(ctx, `
-		SELECT d.id, d.user_name, d.name, d.blocked OR u.blocked
-		  FROM waystage.device d JOIN waystage.app_user u ON u.name = d.user_name
-		 WHERE d.public_key = $1`, publicKey).Scan(&id, &user, &device, &blocked)
-	switch {
-	case errors.Is(err, pgx.ErrNoRows):
-		return "", "", ErrCredentials
-	case err != nil:
-		return "", "", wrap("key login", err)
-	case blocked:
-		return "", "", ErrBlocked
-	}
-	r.seen(ctx, id)
-	return user, device, nil
+// Passwords lets users' devices in by password: it is a provider of the auth callout.
+type Passwords struct{ *Registry }
+
+// Mine tells that any secret may be a password; this provider is asked last.
+func (Passwords) Mine(string) bool { return true }
+
+// Only is empty: such a login is good for every call of the device.
+func (Passwords) Only() string { return "" }
+
+// Identify is [Registry.Password].
+func (p Passwords) Identify(ctx context.Context, user, device, secret string) error {
+	return p.Password(ctx, user, device, secret)
 }
 
 // seen notes the login, at most once a minute: a thousand devices that reconnect at once must not mean a thousand writes.

@@ -120,7 +120,7 @@ func TestUsersAndPasswords(t *testing.T) {
 	}
 	must(t, r.RemoveUser(ctx, "alice"))
 	want(t, "twice", r.RemoveUser(ctx, "alice"), registry.ErrUnknownUser)
-	devices, err := r.ListDevices(ctx, "")
+	devices, err := r.ListDevices(ctx, registry.DeviceFilter{})
 	if must(t, err); len(devices) != 0 {
 		t.Error(devices)
 	}
@@ -132,10 +132,10 @@ func TestDevicesAndKeys(t *testing.T) {
 	must(t, r.AddUser(ctx, "alice", "correct horse"))
 	must(t, r.AddUser(ctx, "bob", "battery staple"))
 	k1, k2 := key(t), key(t)
-	must(t, r.Enrol(ctx, "alice", "phone", k1, "nurse\x00 1.0"))
+	must(t, r.Enrol(ctx, "alice", "phone", protocol.Enrolment{Key: k1, App: "nurse\x00 1.0"}))
 	login := func(k, user, device string, target error) {
 		t.Helper()
-		u, d, err := r.Key(ctx, k)
+		u, d, err := r.Key(ctx, k, "")
 		if !errors.Is(err, target) || u != user || d != device {
 			t.Errorf("got %s/%s, %v; want %s/%s, %v", u, d, err, user, device, target)
 		}
@@ -143,15 +143,15 @@ func TestDevicesAndKeys(t *testing.T) {
 	login(k1, "alice", "phone", nil)
 	login(k2, "", "", registry.ErrCredentials)
 	login("", "", "", registry.ErrCredentials)
-	want(t, "same key again", r.Enrol(ctx, "alice", "phone", k1, ""), nil)
-	want(t, "another's key", r.Enrol(ctx, "bob", "phone", k1, ""), registry.ErrKeyInUse)
+	want(t, "same key again", r.Enrol(ctx, "alice", "phone", protocol.Enrolment{Key: k1, App: ""}), nil)
+	want(t, "another's key", r.Enrol(ctx, "bob", "phone", protocol.Enrolment{Key: k1, App: ""}), registry.ErrKeyInUse)
 	for _, k := range []string{"", "x", "A" + k1[1:], k1[:55], strings.ToLower(k1)} {
-		want(t, "key "+k, r.Enrol(ctx, "alice", "phone", k, ""), registry.ErrKey)
+		want(t, "key "+k, r.Enrol(ctx, "alice", "phone", protocol.Enrolment{Key: k, App: ""}), registry.ErrKey)
 	}
-	want(t, "unknown user", r.Enrol(ctx, "mallory", "phone", k2, ""), registry.ErrUnknownUser)
+	want(t, "unknown user", r.Enrol(ctx, "mallory", "phone", protocol.Enrolment{Key: k2, App: ""}), registry.ErrUnknownUser)
 
 	// Enrolled again elsewhere: the old key is out.
-	must(t, r.Enrol(ctx, "alice", "phone", k2, "nurse 2.0"))
+	must(t, r.Enrol(ctx, "alice", "phone", protocol.Enrolment{Key: k2, App: "nurse 2.0"}))
 	login(k1, "", "", registry.ErrCredentials)
 	login(k2, "alice", "phone", nil)
 
@@ -159,7 +159,7 @@ func TestDevicesAndKeys(t *testing.T) {
 	login(k2, "", "", registry.ErrBlocked)
 	want(t, "blocked device", r.Password(ctx, "alice", "phone", "correct horse"), registry.ErrBlocked)
 	want(t, "blocked device, wrong password", r.Password(ctx, "alice", "phone", "battery staple"), registry.ErrCredentials)
-	want(t, "enrolment of a blocked device", r.Enrol(ctx, "alice", "phone", key(t), ""), registry.ErrBlocked)
+	want(t, "enrolment of a blocked device", r.Enrol(ctx, "alice", "phone", protocol.Enrolment{Key: key(t), App: ""}), registry.ErrBlocked)
 	must(t, r.Password(ctx, "alice", "tablet", "correct horse"))
 	must(t, r.BlockDevice(ctx, "alice", "stolen-before-first-login"))
 	want(t, "blocked before the first login", r.Password(ctx, "alice", "stolen-before-first-login", "correct horse"), registry.ErrBlocked)
@@ -172,7 +172,7 @@ func TestDevicesAndKeys(t *testing.T) {
 	must(t, r.UnblockUser(ctx, "alice"))
 	login(k2, "alice", "phone", nil)
 
-	devices, err := r.ListDevices(ctx, "alice")
+	devices, err := r.ListDevices(ctx, registry.DeviceFilter{User: "alice"})
 	must(t, err)
 	if len(devices) != 3 || devices[0].Name != "phone" || devices[0].PublicKey != k2 || devices[0].App != "nurse 2.0" || devices[0].EnrolledAt == nil ||
 		devices[0].LastSeenAt == nil || !devices[1].Blocked || devices[2].PublicKey != "" {
@@ -247,7 +247,7 @@ func TestWatchHearsOfBlocks(t *testing.T) {
 	run, stop := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		if err := r.Watch(run, func(_ context.Context, user, device string) error {
+		if err := r.Watch(run, func(_ context.Context, user, device, _ string) error {
 			heard <- user + "/" + device
 			return errors.New("cannot reach the broker") // logged, no more
 		}); err != nil {

@@ -188,7 +188,7 @@ func (r *Registry) LeaveGroup(ctx context.Context, name, group string) error {
 
 const selectUsers = `
 	SELECT u.name, u.groups, (SELECT coalesce(jsonb_object_agg(key, value), '{}') FROM jsonb_each_text(u.attributes)),
-		u.password_hash <> '` + noPassword + `', u.blocked, u.created_at, (SELECT count(*) FROM waystage.device d WHERE d.user_name = u.name)
+		u.password_hash <> '` + noPassword + `', u.blocked, u.created_at, (SELECT count(*) FROM waystage.device d WHERE d.user_name = u.name AND d.removed_at IS NULL)
 	  FROM waystage.app_user u WHERE u.name <> '` + protocol.OperatorUser + `' AND `
 
 // ListUsers lists all users by name, or the members of a group when one is named; not the one that operators submit as.
@@ -233,4 +233,26 @@ func (r *Registry) GroupSizes(ctx context.Context) (map[string]int, error) {
 		return nil
 	})
 	return sizes, wrap("list groups", err)
+}
+
+// SignIn takes over what another identity provider says of a user whom it has let in: groups, unless nil, and attributes. With create a
+// user who is not known becomes so, without a password. Whether the user is blocked is not asked.
+func (r *Registry) SignIn(ctx context.Context, name, device string, c UserChange, create bool) error {
+	if !create {
+		var known bool
+		if err := r.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM waystage.app_user WHERE name = $1)`, name).Scan(&known); err != nil {
+			return wrap("find user", err)
+		}
+		if !known || name == protocol.OperatorUser {
+			return ErrUnknownUser
+		}
+	}
+	if _, _, err := r.PutUser(ctx, name, c); err != nil {
+		return err
+	}
+	id, err := r.EnsureDevice(ctx, name, device)
+	if err == nil {
+		r.seen(ctx, id)
+	}
+	return err
 }

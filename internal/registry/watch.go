@@ -10,15 +10,16 @@ import (
 	"go.uber.org/zap"
 )
 
-// channel is where PostgreSQL tells every server that a user ("name/") or device ("name/device") is out.
+// channel is where PostgreSQL tells every server that a user ("name/") or device ("name/device") is out, or all of a device's
+// connections but one ("name/device/connection").
 const channel = "waystage_out"
 
 const watchRetry = 2 * time.Second // between attempts to reach the database
 
-// Watch calls disconnect whenever a user (device empty) or device was blocked or removed, by whichever process, until
-// ctx ends; then it returns nil. After each lost database connection it first names everybody who is blocked, so that a
+// Watch calls disconnect whenever a user (device empty) or device was blocked, reset or removed, by whichever process, until
+// ctx ends; then it returns nil. When a device has changed its key, except names the connection that may stay. After each lost database connection it first names everybody who is blocked, so that a
 // block is never missed. It holds one connection of its own, outside the pool.
-func (r *Registry) Watch(ctx context.Context, disconnect func(ctx context.Context, user, device string) error) error {
+func (r *Registry) Watch(ctx context.Context, disconnect func(ctx context.Context, user, device, except string) error) error {
 	for ctx.Err() == nil {
 		err := r.listen(ctx, disconnect)
 		if ctx.Err() != nil {
@@ -33,7 +34,7 @@ func (r *Registry) Watch(ctx context.Context, disconnect func(ctx context.Contex
 	return nil
 }
 
-func (r *Registry) listen(ctx context.Context, disconnect func(ctx context.Context, user, device string) error) error {
+func (r *Registry) listen(ctx context.Context, disconnect func(ctx context.Context, user, device, except string) error) error {
 	conn, err := pgx.ConnectConfig(ctx, r.pool.Config().ConnConfig)
 	if err != nil {
 		return wrap("listen", err)
@@ -48,7 +49,8 @@ func (r *Registry) listen(ctx context.Context, disconnect func(ctx context.Conte
 	}
 	out := func(who string) {
 		user, device, _ := strings.Cut(who, "/")
-		if err := disconnect(ctx, user, device); err != nil && ctx.Err() == nil {
+		device, except, _ := strings.Cut(device, "/")
+		if err := disconnect(ctx, user, device, except); err != nil && ctx.Err() == nil {
 			// The block itself is in force: no new login is let in, and a live one ends with its token.
 			r.log.Error("cannot close the connections of a blocked or removed device", zap.String("who", who), zap.Error(err))
 		}
@@ -56,7 +58,7 @@ func (r *Registry) listen(ctx context.Context, disconnect func(ctx context.Conte
 	// After LISTEN, so that nothing falls between the two.
 	rows, err := conn.Query(ctx, `
 		SELECT name || '/' FROM waystage.app_user WHERE blocked
-		UNION ALL SELECT user_name || '/' || name FROM waystage.device WHERE blocked`)
+		UNION ALL SELECT user_name || '/' || name FROM waystage.device WHERE blocked OR public_key IS NULL AND reset_at > now() - interval '2 hours'`)
 	if err != nil {
 		return wrap("list blocked", err)
 	}

@@ -25,6 +25,7 @@ var allowed = map[string][]string{
 	"internal/trouble":   {},
 	"internal/nettest":   {},
 	"internal/registry":  {"protocol", "internal/pgerr"},
+	"internal/oidc":      {"protocol"},
 	"internal/health":    {"internal/trouble"},
 	"internal/files":     {"protocol", "schema"},
 	"internal/pgcluster": {},

@@ -54,15 +54,41 @@ CREATE TABLE waystage.device (
     user_name    text NOT NULL REFERENCES waystage.app_user ON DELETE CASCADE,
     name         text NOT NULL,
     public_key   text UNIQUE,                   -- NKEY of type user, how the device logs in; null: not enrolled
+    key_at       timestamptz,                   -- since when it is that one
+    next_key     text UNIQUE,                   -- takes its place with the first login by it
+    new_key_asked_at timestamptz,               -- the operator wants another key; the device hears of it with its next sync
     blocked      boolean NOT NULL DEFAULT false,
     app          text NOT NULL DEFAULT '',
+    library      text NOT NULL DEFAULT '',
     enrolled_at  timestamptz,
+    reset_at     timestamptz,                   -- incarnations from before do not go on
+    removed_at   timestamptz,                   -- gone for everybody; kept until what it has sent has its verdict
+    forks        int NOT NULL DEFAULT 0,        -- requests that did not continue their incarnation (rule D4): a restored or copied file
+    forked_at    timestamptz,
+    refused_at   timestamptz,                   -- last login in this device's name that was refused
+    refused_code text NOT NULL DEFAULT '',
+    refused_host text NOT NULL DEFAULT '',
     last_seen_at timestamptz,
     last_sync_at timestamptz,
     oldest_unsent_at timestamptz,
     verify_asked_at timestamptz,                -- the operator wants each of its sets verified that has not been since
     UNIQUE (user_name, name)
 );
+
+-- Enrolment tokens: each enrols one device once.
+CREATE TABLE waystage.enrol_token (
+    id          bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    hash        bytea NOT NULL UNIQUE,          -- SHA-256; a token is random, so that no slow hash is needed
+    user_name   text NOT NULL REFERENCES waystage.app_user ON DELETE CASCADE,
+    device_name text NOT NULL,
+    created_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    created_by  text NOT NULL DEFAULT '',
+    expires_at  timestamptz NOT NULL,
+    revoked_at  timestamptz,
+    used_at     timestamptz,
+    used_key    text                            -- the key that it enrolled: whoever lost the answer may ask again with the same
+);
+CREATE INDEX ON waystage.enrol_token (user_name, device_name);
 
 -- What a device found when it last compared a set with the mirror.
 CREATE TABLE waystage.device_check (
@@ -108,6 +134,7 @@ CREATE TABLE waystage.session (
     content_type  text   NOT NULL,
     encoding      text   NOT NULL,
     wait_source   boolean NOT NULL DEFAULT false,
+    new_key       boolean NOT NULL DEFAULT false, -- the reply asks for another key
     records       int    NOT NULL DEFAULT 0,
     state         text   NOT NULL DEFAULT 'staged' CHECK (state IN ('staged', 'merged', 'replied', 'closed')),
     received_at   timestamptz NOT NULL,
