@@ -284,10 +284,8 @@ func (in *incoming) table(r *protocol.TableRows) error {
 	if m == nil {
 		return fmt.Errorf("%w: it names table %s, which is not in set %s", ErrReply, r.Table, in.set.Name)
 	}
-	for _, v := range r.Gone {
-		if err := in.gone(m, v); err != nil {
-			return err
-		}
+	if err := in.gone(m, r.Gone); err != nil {
+		return err
 	}
 	for _, k := range r.Deletes {
 		key, err := m.keyValues(k)
@@ -425,24 +423,26 @@ func (in *incoming) delete(tab *table, key []any) error {
 	return in.t.dropVersion(tab, key)
 }
 
-// gone removes every row with the given value of the subset key column: clean rows by what they hold, dirty ones by
-// what the server last sent.
-func (in *incoming) gone(m *member, value string) error {
+// gone removes every row with one of the given values of the subset key column: clean rows by what they hold, dirty ones
+// by what the server last sent.
+func (in *incoming) gone(m *member, values []string) error {
+	if len(values) == 0 {
+		return nil
+	}
 	i := m.index(m.Def.SubsetKey)
 	if i < 0 {
 		return fmt.Errorf("%w: a subset key value of table %s left, but the table has no subset key", ErrReply, m.Wire)
 	}
-	v := fromWire(m.Cols[i].kind, &value)
-	keys, err := in.t.keys(m.table, "SELECT "+m.liveKeys("l")+" FROM "+quote(m.Local)+" AS l JOIN "+quote(m.versions())+" AS v ON "+m.joined("l", "v")+
-		" WHERE l."+quote(m.Cols[i].Local)+" = ? AND v.sets & ? <> 0 AND NOT EXISTS (SELECT 1 FROM "+quote(m.shadow())+" AS s WHERE "+m.joined("l", "s")+")", v, in.set.Bit)
+	left := make(map[string]bool, len(values))
+	for _, v := range values {
+		left[v] = true
+	}
+	ids, err := in.t.ids(m.table)
 	if err != nil {
 		return err
 	}
-	dirtyIDs, err := in.t.ids(m.table)
-	if err != nil {
-		return err
-	}
-	for _, id := range dirtyIDs {
+	var keys [][]any
+	for _, id := range ids {
 		d, err := in.t.dirty(m.table, id)
 		if err != nil {
 			return err
@@ -451,9 +451,20 @@ func (in *incoming) gone(m *member, value string) error {
 		if err != nil {
 			return err
 		}
-		if at := slices.Index(cols, i); at >= 0 && sameWire(toWire(m.Cols[i].kind, vals[at]), &value) {
-			keys = append(keys, d.key)
+		if at := slices.Index(cols, i); at >= 0 {
+			if v := toWire(m.Cols[i].kind, vals[at]); v != nil && left[*v] {
+				keys = append(keys, d.key)
+			}
 		}
+	}
+	clean := "SELECT " + m.liveKeys("l") + " FROM " + quote(m.Local) + " AS l JOIN " + quote(m.versions()) + " AS v ON " + m.joined("l", "v") +
+		" WHERE l." + quote(m.Cols[i].Local) + " = ? AND v.sets & ? <> 0 AND NOT EXISTS (SELECT 1 FROM " + quote(m.shadow()) + " AS s WHERE " + m.joined("l", "s") + ")"
+	for _, value := range values {
+		more, err := in.t.keys(m.table, clean, fromWire(m.Cols[i].kind, &value), in.set.Bit)
+		if err != nil {
+			return err
+		}
+		keys = append(keys, more...)
 	}
 	for _, k := range keys {
 		if err := in.delete(m.table, k); err != nil {

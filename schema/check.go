@@ -137,6 +137,9 @@ func (c *checker) key(s *Subscription, t *Table) {
 	}
 	if slices.Contains(unordered, col.MirrorType) {
 		c.bad(s.places["key"], fmt.Sprintf("the key %q is of type %s, which cannot be indexed", s.Key, col.Type), "use a column of another type")
+	} else if base, _, _ := strings.Cut(col.MirrorType, "("); col.Loose() && base != "numeric" {
+		c.bad(s.places["key"], fmt.Sprintf("the key %q is of type %s, of which equal values can be written in different ways", s.Key, col.Type),
+			"use a column of another type")
 	}
 	s.keyType = col.MirrorType
 }

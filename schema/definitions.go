@@ -209,7 +209,7 @@ func (s *Subscription) ColumnsOf(t *Table) []Column {
 }
 
 // KeyQuery is a query with one text column, key: the distinct subset key values of one user, in the form that
-// [Column.Text] gives. userExpr and attrExpr are SQL expressions for the user's name (text) and attributes (jsonb):
+// [Column.Text] gives (but see [Subscription.LooseKey]). userExpr and attrExpr are SQL expressions for the user's name (text) and attributes (jsonb):
 // "$1" and "$2" for one user (both must be bound, not null, whether the query uses them or not), "u.name" and
 // "u.attributes" inside LATERAL for many. It is evaluated as role
 // [ReaderRole]. It needs checked definitions ([Definitions.Check]) and is empty for a subscription of all rows.
@@ -227,9 +227,16 @@ func (s *Subscription) KeyQuery(userExpr, attrExpr string) string {
 		unused += " AND " + attr + " IS NOT NULL"
 	}
 	// The line break ends a comment that the query may end with.
-	return "SELECT DISTINCT " + key.Text("q.k::"+s.keyType) + " AS key FROM (" +
-		s.rows.render(user, attr) + "\n) AS q(k) WHERE q.k IS NOT NULL" + unused
+	from := " FROM (" + s.rows.render(user, attr) + "\n) AS q(k) WHERE q.k IS NOT NULL" + unused
+	if s.LooseKey() { // numeric: one text for each value
+		return "SELECT DISTINCT pg_catalog.trim_scale(q.k::" + s.keyType + ")::pg_catalog.text AS key" + from
+	}
+	return "SELECT DISTINCT " + key.Text("q.k::"+s.keyType) + " AS key" + from
 }
+
+// LooseKey tells whether equal values of the subset key may have different texts (see [Column.Loose]): texts of such keys must
+// not be compared, and those of KeyQuery are the shortest. Such a key is a numeric. It needs checked definitions.
+func (s *Subscription) LooseKey() bool { return Column{MirrorType: s.keyType}.Loose() }
 
 // Text is an SQL expression for the canonical text of a value of the column's type, as the wire and the change data
 // have it. For a few types the cast to text says something else than the type's output ('true' for 't', '10.0.0.1/32' for

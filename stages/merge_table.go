@@ -411,9 +411,13 @@ func (b *mergeBatch) subset(q *tableSQL, facts []fact) (map[pair]bool, error) {
 // contains is the query for the numbers of the (user, value) pairs $1, $2 that the subscription contains. $3 and $4 are
 // the users and their attributes.
 func (s *subscription) contains() string {
+	equal := "p.val = x.key"
+	if s.LooseKey() {
+		equal = "(p.val)::numeric = (x.key)::numeric"
+	}
 	return `SELECT p.i FROM (
 	SELECT u.name, k.key FROM unnest($3::text[], $4::text[]) AS u(name, attributes), LATERAL (` + s.KeyQuery("u.name", "u.attributes") + `) AS k) x
-JOIN unnest($1::text[], $2::text[]) WITH ORDINALITY AS p(usr, val, i) ON p.usr = x.name AND p.val = x.key`
+JOIN unnest($1::text[], $2::text[]) WITH ORDINALITY AS p(usr, val, i) ON p.usr = x.name AND ` + equal
 }
 
 // asReader runs a definition's query as the role that may read the mirror and nothing else.

@@ -128,7 +128,7 @@ type session struct {
 	nonce, set            string
 	cursorFrom, schema    string
 	contentType, encoding string
-	records               int
+	records               int                    // that it carried
 	verify                *protocol.Verification // nil: the device knows of none
 	asked                 bool                   // the operator wants the set verified
 	filesKnown            *protocol.FilesRequest // nil: the device knows of no files

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -102,6 +103,9 @@ func (b *replyBatch) heads(s *session) error {
 		}
 	}
 	for i := range s.tables {
+		if s.tables[i].sub.reply.left != "" {
+			continue
+		}
 		for _, key := range s.tables[i].gone {
 			if err := s.pages.gone(b.ctx, s.tables[i].sub, key); err != nil {
 				return err
@@ -131,14 +135,21 @@ func (b *replyBatch) queries(s *session) []rowQuery {
 			add(sub, q.deleted, s.pages.deleted, xmin)
 			add(sub, q.changed, s.pages.row, xmin)
 		default:
+			all := textArray(t.all)
+			before := t.kept
+			if q.left != "" && len(t.gone) > 0 {
+				before = slices.Concat(t.kept, t.gone)
+				add(sub, q.left, s.pages.deleted, textArray(t.gone))
+			}
+			if len(before) > 0 {
+				add(sub, q.deleted, s.pages.deleted, xmin, textArray(before), all)
+			}
+			// What the session itself wrote need not be of a key that the device had, or has now.
+			if s.records > 0 && s.from != nil {
+				add(sub, q.own, s.pages.deleted, strconv.AppendInt(nil, s.id, 10), all)
+			}
 			if len(t.kept) > 0 {
-				kept := textArray(t.kept)
-				all := kept
-				if len(t.fresh) > 0 {
-					all = textArray(t.all)
-				}
-				add(sub, q.deleted, s.pages.deleted, xmin, kept, all)
-				add(sub, q.changed, s.pages.row, xmin, kept)
+				add(sub, q.changed, s.pages.row, xmin, textArray(t.kept))
 			}
 			if len(t.fresh) > 0 {
 				add(sub, q.whole, s.pages.row, textArray(t.fresh))

@@ -15,6 +15,8 @@ type replySQL struct {
 	whole   string // all rows of new keys: $1 keys
 	deleted string // keys of rows that left: $1 xmin, $2 kept keys, $3 all keys
 	news    string // whether changed or deleted give something that a snapshot did not see: their parameters, $4 (all rows: $2) snapshot
+	left    string // keys of the rows of keys that are gone: $1 those; empty: the device finds them by the keys' texts
+	own     string // keys of rows that a session's records wrote and that are not the user's (any more): $1 session, $2 all keys
 	count   string // about how many rows whole gives: $1 keys
 	width   int    // columns of a primary key
 }
@@ -61,11 +63,30 @@ func newReplySQL(s *subscription) *replySQL {
 	q.count = "SELECT count(*)" + from + " WHERE " + in("$1")
 	// A row that moved from one key of the user to another has a tombstone and is alive. It is looked up by its primary
 	// key (OFFSET 0), not by the user's keys, of which there may be many.
-	q.deleted = fmt.Sprintf("SELECT DISTINCT %s\nFROM %s t WHERE t.tbl = %d AND t.val = ANY ($2::text[]) AND t.stamp >= $1::bigint AND NOT EXISTS (SELECT FROM (SELECT m.*%s WHERE %s OFFSET 0) m WHERE %s)",
-		strings.Join(dead, ", "), tombstone, t.ID, from, strings.Join(alive, " AND "), in("$3"))
+	outside := func(all string) string {
+		return fmt.Sprintf("NOT EXISTS (SELECT FROM (SELECT m.*%s WHERE %s OFFSET 0) m WHERE %s)", from, strings.Join(alive, " AND "), in(all))
+	}
+	before := "t.val = ANY ($2::text[])"
+	if s.LooseKey() {
+		// Compared as values. A tombstone from when the table had another subset key is nobody's: its text may be no number.
+		before = fmt.Sprintf("CASE WHEN t.val ~ %s THEN (t.val)::numeric = ANY (($2::text[])::numeric[]) END", schema.Literal(number))
+		var keys []string
+		for _, k := range t.Key {
+			pk, _ := t.Column(k)
+			keys = append(keys, pk.Text("m."+schema.Quote(k)))
+		}
+		q.left = "SELECT " + strings.Join(keys, ", ") + from + " WHERE " + in("$1")
+	}
+	q.deleted = fmt.Sprintf("SELECT DISTINCT %s\nFROM %s t WHERE t.tbl = %d AND %s AND t.stamp >= $1::bigint AND %s",
+		strings.Join(dead, ", "), tombstone, t.ID, before, outside("$3"))
+	q.own = fmt.Sprintf("SELECT DISTINCT %s\nFROM waystage.change t WHERE t.session_id = $1::bigint AND t.tbl = %d AND t.op <> 'D' AND t.state IN ('merged', 'applied') AND %s",
+		strings.Join(dead, ", "), t.ID, outside("$2"))
 	q.news = newsSQL(q.changed, q.deleted, "$4")
 	return q
 }
+
+// number is what PostgreSQL writes for a numeric.
+const number = `^(-?[0-9]+(\.[0-9]+)?|NaN|-?Infinity)$`
 
 // newsSQL asks whether the queries give something that a snapshot did not see. What is at or above the cursor's horizon may
 // have been sent already, as long as a transaction that was open then holds the horizon back.

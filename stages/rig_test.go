@@ -358,6 +358,8 @@ var layouts = map[string][]string{
 	"public.code":    {"k", "seq", "label"},
 	"public.region":  {"id", "name"},
 	"public.measure": {"id", "flag"},
+	"public.item":    {"id", "k", "note"},
+	"public.lot":     {"id", "k", "note"},
 }
 
 var keyColumns = map[string]int{"public.code": 2}
@@ -512,6 +514,14 @@ func (d *dev) apply(pages []*protocol.Page) map[int]protocol.Verdict {
 		if p.Schema != nil {
 			set.schema = p.Schema
 		}
+		for _, v := range p.Verdicts {
+			if v.Incarnation == d.inc && v.N == d.last.N {
+				verdicts[v.Index] = v
+				set.merged(v, d.last)
+			}
+		}
+	}
+	for _, p := range pages {
 		if p.Refresh {
 			set.rows = map[string]map[string]devRow{}
 		}
@@ -522,9 +532,11 @@ func (d *dev) apply(pages []*protocol.Page) map[int]protocol.Verdict {
 				set.rows[t.Table] = rows
 			}
 			def := set.schema.Tables[slices.IndexFunc(set.schema.Tables, func(x protocol.Table) bool { return x.Name == t.Table })]
-			for _, gone := range t.Gone {
-				maps.DeleteFunc(rows, func(_ string, r devRow) bool { return *r.vals[def.SubsetKey] == gone })
+			gone := map[string]bool{}
+			for _, key := range t.Gone {
+				gone[key] = true
 			}
+			maps.DeleteFunc(rows, func(_ string, r devRow) bool { v := r.vals[def.SubsetKey]; return v != nil && gone[*v] })
 			for _, key := range t.Deletes {
 				delete(rows, showKey(key))
 			}
@@ -540,16 +552,33 @@ func (d *dev) apply(pages []*protocol.Page) map[int]protocol.Verdict {
 				rows[showKey(key)] = devRow{r.Version, img}
 			}
 		}
-		for _, v := range p.Verdicts {
-			if v.Incarnation == d.inc && v.N == d.last.N {
-				verdicts[v.Index] = v
-			}
-		}
 		if p.Last {
 			set.cursor = p.Cursor
 		}
 	}
 	return verdicts
+}
+
+// merged makes what was sent the row, at the version that the merge gave it (rule D9).
+func (s *devSet) merged(v protocol.Verdict, req *protocol.Request) {
+	if v.State != protocol.Merged && v.State != protocol.Applied {
+		return
+	}
+	c := req.Changes[v.Index]
+	rows := s.rows[c.Table]
+	if rows == nil {
+		rows = map[string]devRow{}
+		s.rows[c.Table] = rows
+	}
+	if c.New == nil {
+		delete(rows, showKey(c.Key))
+		return
+	}
+	img := map[string]*string{}
+	for i, name := range req.Columns[slices.IndexFunc(req.Columns, func(l protocol.Layout) bool { return l.Table == c.Table })].Columns {
+		img[name] = c.New[i]
+	}
+	rows[showKey(c.Key)] = devRow{v.Version, img}
 }
 
 func showKey(key []protocol.Value) string {
