@@ -92,7 +92,9 @@ Exit codes: 0 ok, 1 failed, 2 usage, 3 finished with rejected records, 4 not all
 		}
 	}
 	in("server", newDemo(a), newServe(a), newInit(a), newCheck(a), newConfig(a))
-	in("operate", newStatus(a), newVerify(a), newSubscriptions(a), newSchema(a), newPools(a), newRejects(a), newReceipts(a), newUsers(a), newGroups(a), newDevices(a), newFiles(a), newTeardown(a), newBench(a))
+	subscriptions, users, devices := newSubscriptions(a), newUsers(a), newDevices(a)
+	addRefresh(a, users, devices, subscriptions)
+	in("operate", newStatus(a), newVerify(a), subscriptions, newSchema(a), newPools(a), newRejects(a), newReceipts(a), newExplain(a), users, newGroups(a), devices, newFiles(a), newTeardown(a), newBench(a))
 	in("device", newDevice(a))
 	root.AddCommand(newVersion(a))
 	checkArgs(root)

@@ -469,6 +469,10 @@ func enroller(users *registry.Registry, current *stages.Follower) queue.Enroller
 			give = users.Redeem
 		}
 		if err := give(ctx, user, device, req); err != nil {
+			var r *registry.Refusal
+			if errors.As(err, &r) { // the login was let in, and is as good as refused
+				_ = users.Refused(ctx, user, device, r.ErrorCode(), "") // for show alone
+			}
 			return protocol.Enrolled{}, err
 		}
 		sets, epoch, err := current.SetsOf(ctx, user)

@@ -51,6 +51,8 @@ func TestKeySets(t *testing.T) {
 		"own rows outside":        testOwnRowsOutside,
 		"ten thousand keys":       testManyKeys,
 		"horizon":                 testHorizon,
+		"forced refresh":          testForcedRefresh,
+		"explain":                 testExplain,
 		"random movement of keys": testRandomKeys,
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -64,7 +66,7 @@ func TestKeySets(t *testing.T) {
 
 // empty makes everything as new.
 func (r *rig) empty() {
-	for _, table := range []string{"public.share", "public.item", "public.lot", "waystage.staging", "waystage.change", "waystage.app_user", "waystage.tombstone", "waystage.keyset"} {
+	for _, table := range []string{"public.share", "public.item", "public.lot", "waystage.staging", "waystage.change", "waystage.app_user", "waystage.tombstone", "waystage.keyset", "waystage.refresh"} {
 		r.exec(`DELETE FROM ` + table) // quicker than TRUNCATE while there is little in them
 	}
 	r.exec(`DELETE FROM waystage.meta WHERE key = 'prune_bound'`)

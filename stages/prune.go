@@ -166,6 +166,11 @@ func (p *Pruner) horizon(ctx context.Context) (cursors, tombstones int64, err er
 		return 0, 0, fmt.Errorf("prune cursors: %w", err)
 	}
 	cursors = tag.RowsAffected()
+	// An order to send everything concerns cursors of before only. They are the record of who ordered it, too.
+	_, err = tx.Exec(ctx, `DELETE FROM waystage.refresh WHERE asked_at < now() - greatest($1::interval + 2 * $2::interval, $3::interval)`, p.cfg.Cursors, p.cfg.InFlight, p.cfg.Handled)
+	if err != nil {
+		return 0, 0, fmt.Errorf("prune orders of refreshes: %w", err)
+	}
 	bound, err := p.bound(ctx, tx)
 	if err != nil {
 		return 0, 0, fmt.Errorf("prune tombstones: %w", err)

@@ -137,6 +137,7 @@ type session struct {
 
 	from     *cursor // nil: everything
 	gone     bool    // its set is not the user's any more: verdicts are told, and all rows leave
+	refresh  int64   // the last order to send everything that the device and set are under
 	tables   []subset
 	files    []fileset // none if the device knows no files
 	verdicts []protocol.Verdict

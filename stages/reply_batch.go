@@ -31,6 +31,7 @@ type cursor struct {
 	set       string
 	xmin      int64
 	createdAt time.Time
+	refresh   int64 // the last order to send everything that was carried out
 	keysets   keysets
 	hashes    map[string]string // keyset id -> hash in hex
 }
@@ -175,7 +176,7 @@ func (b *replyBatch) resume(cursors map[string]*cursor) error {
 		if c != nil && s.watching {
 			b.showFiles(s, c)
 		}
-		if c != nil && c.deviceID == s.deviceID && c.set == s.set && strings.HasPrefix(s.cursorFrom, b.cat.epoch+".") && c.keysets.Schema == b.schemaHash(s) {
+		if c != nil && c.deviceID == s.deviceID && c.set == s.set && strings.HasPrefix(s.cursorFrom, b.cat.epoch+".") && c.keysets.Schema == b.schemaHash(s) && c.refresh >= s.refresh {
 			s.from = c
 		}
 		s.pages.first.Refresh = s.from == nil || s.gone
@@ -215,7 +216,7 @@ func (b *replyBatch) gather() (map[string]*cursor, error) {
 			for rows.Next() {
 				c := &cursor{}
 				var sets, hashes string
-				if err := rows.Scan(&c.token, &c.deviceID, &c.set, &c.xmin, &c.createdAt, &sets, &hashes); err != nil {
+				if err := rows.Scan(&c.token, &c.deviceID, &c.set, &c.xmin, &c.createdAt, &c.refresh, &sets, &hashes); err != nil {
 					return err
 				}
 				if err := json.Unmarshal([]byte(sets), &c.keysets); err != nil {
@@ -229,6 +230,14 @@ func (b *replyBatch) gather() (map[string]*cursor, error) {
 			return rows.Err()
 		})
 	}
+	batch.Queue(ordersSQL, b.identities()...).Query(func(rows pgx.Rows) error {
+		var i, id int64
+		_, err := pgx.ForEachRow(rows, []any{&i, &id}, func() error {
+			b.sessions[i-1].refresh = id
+			return nil
+		})
+		return err
+	})
 	var bad *setError
 	asked := false
 	settings := func() {
@@ -276,6 +285,15 @@ func (b *replyBatch) gather() (map[string]*cursor, error) {
 		return nil, err
 	}
 	return cursors, nil
+}
+
+// identities are the devices, users and sets of the sessions.
+func (b *replyBatch) identities() []any {
+	devices, users, sets := make([]int64, len(b.sessions)), make([]string, len(b.sessions)), make([]string, len(b.sessions))
+	for i, s := range b.sessions {
+		devices[i], users[i], sets[i] = s.deviceID, s.user, s.set
+	}
+	return []any{devices, users, sets}
 }
 
 // snapshotMode makes all queries of a reply see one state of the mirror.
@@ -396,6 +414,14 @@ func (s *session) keysChanged() bool {
 // the device sent is not what the row is, so its next edit on top of that must be judged by its base image.
 const nobodysVersion = 1 << 62
 
+// carriedOut is the last order to send everything that the device has done with once it has applied the reply.
+func (s *session) carriedOut() int64 {
+	if s.from != nil {
+		return max(s.refresh, s.from.refresh)
+	}
+	return s.refresh
+}
+
 // verdicts reads what is told of the sessions' records, and of earlier ones (rule D5), in the rows' snapshot; and, for
 // those that get everything, about how much that is.
 func (b *replyBatch) verdicts() error {
@@ -499,7 +525,7 @@ func (b *replyBatch) keepCursors() error {
 		}
 	}
 	var tokens, incarnations, sets, froms, keys []string
-	var devices, ids []int64
+	var devices, ids, orders []int64
 	for _, s := range renewed {
 		k := keysets{Schema: b.schemaHash(s), Tables: map[string]int64{}}
 		for _, t := range s.tables {
@@ -517,7 +543,7 @@ func (b *replyBatch) keepCursors() error {
 			return err
 		}
 		tokens, incarnations, sets, froms = append(tokens, s.cursor), append(incarnations, s.incarnation), append(sets, s.set), append(froms, s.cursorFrom)
-		devices, ids, keys = append(devices, s.deviceID), append(ids, s.id), append(keys, string(body))
+		devices, ids, keys, orders = append(devices, s.deviceID), append(ids, s.id), append(keys, string(body)), append(orders, s.carriedOut())
 	}
 	since := b.xmin
 	if sabotage.On(sabotage.OffByOne) {
@@ -526,10 +552,10 @@ func (b *replyBatch) keepCursors() error {
 	batch := &pgx.Batch{}
 	batch.Queue(`DELETE FROM waystage.cursor c USING unnest($1::bigint[], $2::text[], $3::text[], $4::bigint[]) AS u(device, name, token, session)
 		WHERE c.device_id = u.device AND c.set_name = u.name AND c.token <> u.token AND c.session_id < u.session`, devices, sets, froms, ids)
-	batch.Queue(`INSERT INTO waystage.cursor (token, device_id, incarnation, set_name, session_id, since, keysets)
-		SELECT token, device, inc, name, session, $7, keys::jsonb
-		FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::bigint[], $6::text[]) AS u(token, device, inc, name, session, keys)`,
-		tokens, devices, incarnations, sets, ids, keys, since)
+	batch.Queue(`INSERT INTO waystage.cursor (token, device_id, incarnation, set_name, session_id, since, keysets, refresh)
+		SELECT token, device, inc, name, session, $8, keys::jsonb, refresh
+		FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::bigint[]) AS u(token, device, inc, name, session, keys, refresh)`,
+		tokens, devices, incarnations, sets, ids, keys, orders, since)
 	if err := tx.SendBatch(b.ctx, batch).Close(); err != nil {
 		return err
 	}

@@ -127,7 +127,7 @@ const layoutSQL = `SELECT value::bigint FROM waystage.meta WHERE key = 'layout'`
 
 // cursorsSQL reads the cursors that the sessions start from, with the hashes of their key sets.
 const cursorsSQL = `
-SELECT c.token, c.device_id, c.set_name, c.since, c.created_at, c.keysets::text,
+SELECT c.token, c.device_id, c.set_name, c.since, c.created_at, c.refresh, c.keysets::text,
 	coalesce((SELECT jsonb_object_agg(k.id::text, encode(k.hash, 'hex'))::text
 		FROM jsonb_each_text(c.keysets->'tables') e JOIN waystage.keyset k ON k.id = e.value::bigint), '{}')
 FROM waystage.cursor c WHERE c.token = ANY ($1)`
@@ -135,6 +135,12 @@ FROM waystage.cursor c WHERE c.token = ANY ($1)`
 // newVerdictsSQL asks whether a verdict waits that no reply has told: $1 device, $2 least xmin of its cursors, $3 their snapshots.
 var newVerdictsSQL = "SELECT EXISTS (SELECT FROM waystage.change c WHERE c.device_id = $1 AND c.stamp >= $2" +
 	" AND NOT EXISTS (SELECT FROM unnest($3::text[]) AS seen WHERE pg_visible_in_snapshot(c.stamp::text::xid8, seen::pg_snapshot)))"
+
+// ordersSQL reads the last order to send everything that each session's device and set is under: $1 devices, $2 users, $3 sets.
+const ordersSQL = `
+SELECT u.i, o.id FROM unnest($1::bigint[], $2::text[], $3::text[]) WITH ORDINALITY AS u(device, name, set_name, i)
+JOIN LATERAL (SELECT r.id FROM waystage.refresh r WHERE (r.device_id IS NULL OR r.device_id = u.device)
+	AND (r.user_name IS NULL OR r.user_name = u.name) AND (r.sets IS NULL OR u.set_name = ANY (r.sets)) ORDER BY r.id DESC LIMIT 1) o ON true`
 
 // verdictsSQL reads the verdicts that a reply tells (rule D5): $1 device, $2 xmin of the cursor, $3 session. They are of all
 // the device's incarnations: what a restored file's earlier life had merged may still be refused by the source. stamp + 0 keeps the planner from reading all older stamps in the index.

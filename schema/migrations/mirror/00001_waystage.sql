@@ -344,10 +344,24 @@ CREATE TABLE waystage.cursor (
     set_name   text   NOT NULL,
     session_id bigint NOT NULL,
     since      bigint NOT NULL,                -- xmin of the snapshot that the reply was read in: rows from here on are news
+    refresh    bigint NOT NULL DEFAULT 0,      -- the last order of waystage.refresh that the device has been sent everything for
     keysets    jsonb  NOT NULL DEFAULT '{}',    -- {"schema.table": keyset id}
     created_at timestamptz NOT NULL DEFAULT now()
 );
 CREATE INDEX ON waystage.cursor (device_id, set_name);
+
+-- Orders to send everything anew, as operators gave them. One is in force for a device and set while the cursor that a
+-- request begins with is of before: nothing else says whether it was carried out.
+CREATE TABLE waystage.refresh (
+    id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, -- given under a lock: a higher one was committed later
+    device_id    bigint REFERENCES waystage.device ON DELETE CASCADE,   -- null: all devices
+    user_name    text REFERENCES waystage.app_user ON DELETE CASCADE,   -- null: of all users
+    sets         text[],                       -- null: all sets
+    subscription text NOT NULL DEFAULT '',     -- that the operator named, for the record
+    who          text NOT NULL,
+    note         text NOT NULL DEFAULT '',
+    asked_at     timestamptz NOT NULL DEFAULT clock_timestamp()
+);
 
 -- Key sets that replies were composed from, shared by all devices that have the same.
 CREATE TABLE waystage.keyset (
