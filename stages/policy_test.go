@@ -360,16 +360,16 @@ func testColumnsAreASimpleRule(t *testing.T, r *rig) {
 				result = c.theirs
 			}
 			if got := state(v[i]); got != want {
-				t.Fatalf("base %v theirs %v mine %v: %s (%s), want %s", show(c.base), show(c.theirs), show(c.mine), got, v[i].Detail, want)
+				t.Fatalf("base %v theirs %v mine %v: %s (%s), want %s", showImage(c.base), showImage(c.theirs), showImage(c.mine), got, v[i].Detail, want)
 			}
 			if now := ben.set("care").rows[visits][*c.base["id"]].vals; !maps.EqualFunc(now, result, equal) {
-				t.Fatalf("base %v theirs %v mine %v: the row is %v, want %v", show(c.base), show(c.theirs), show(c.mine), show(now), show(result))
+				t.Fatalf("base %v theirs %v mine %v: the row is %v, want %v", showImage(c.base), showImage(c.theirs), showImage(c.mine), showImage(now), showImage(result))
 			}
 		}
 	})
 }
 
-func show(m map[string]*string) string {
+func showImage(m map[string]*string) string {
 	var out []string
 	for _, k := range slices.Sorted(maps.Keys(m)) {
 		v := "null"
