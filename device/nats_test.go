@@ -94,7 +94,7 @@ func startBroker(t *testing.T, mem *memServer) (*door, *server.Server) {
 // startGateway answers the calls of devices out of the in-memory server.
 func startGateway(t *testing.T, mem *memServer, url string) {
 	t.Helper()
-	nc, err := nats.Connect(url, nats.UserInfo("gateway", "gw"))
+	nc, err := nats.Connect(url, nats.UserInfo("gateway", "gw"), nats.Timeout(20*time.Second))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -330,7 +330,7 @@ func TestSecondLineOfDefence(t *testing.T) {
 	s := b.server.Secrets()
 	connect := func(user, pass string) (*nats.Conn, *device) {
 		d := &device{t: t}
-		nc, err := nats.Connect(b.url(), nats.UserInfo(user, pass), nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { d.note(err) }))
+		nc, err := nats.Connect(b.url(), nats.UserInfo(user, pass), nats.Timeout(patience), nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { d.note(err) }))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -369,7 +369,7 @@ func TestSecondLineOfDefence(t *testing.T) {
 	refusedAll(nc, d, []string{"$SYS.REQ.SERVER.PING", "$SYS.REQ.SERVER.x.RELOAD", "anything"}, []string{">", "$SYS.>"})
 
 	// The monitor sees the gateways, in an inbox that no device can have.
-	mon, err := nats.Connect(b.url(), nats.UserInfo("monitor", s.Monitor), nats.CustomInboxPrefix("_INBOX.MON"))
+	mon, err := nats.Connect(b.url(), nats.UserInfo("monitor", s.Monitor), nats.CustomInboxPrefix("_INBOX.MON"), nats.Timeout(patience))
 	if err != nil {
 		t.Fatal(err)
 	}

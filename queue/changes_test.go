@@ -220,7 +220,7 @@ func TestResetOfAFullStream(t *testing.T) {
 
 func TestForeignMessageInChangeData(t *testing.T) {
 	b := start(t)
-	nc, err := nats.Connect(b.url(), nats.UserInfo("app", b.server.Secrets().App))
+	nc, err := nats.Connect(b.url(), nats.UserInfo("app", b.server.Secrets().App), nats.Timeout(patience))
 	if err != nil {
 		t.Fatal(err)
 	}

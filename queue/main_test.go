@@ -25,7 +25,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-const patience = 30 * time.Second // for anything that must happen; tests share the machine
+const patience = 90 * time.Second // for anything that must happen; tests share the machine
 
 // refusal is what a registry says to a login or enrolment that it does not like.
 type refusal protocol.Code
