@@ -241,7 +241,7 @@ func (o *operator) at(dsn, sql string, args ...any) string {
 	return out
 }
 
-// work is a running server with the work tables, its user amina, and her device.
+// work is a running server with the work tables, its user amina, and her device, whose sessions wait for the source's verdict.
 func work(t *testing.T, set ...string) (*operator, *worker) {
 	o := newOperator(t)
 	conn, err := schema.Connect(t.Context(), o.source, "test")
@@ -261,7 +261,7 @@ func work(t *testing.T, set ...string) (*operator, *worker) {
 			IF pieces < 0 THEN RAISE 'there are only % left', theirs->>'pieces'; END IF;
 			RETURN jsonb_build_object('pieces', CASE WHEN pieces > 100 THEN 'too many' ELSE pieces::text END);
 		END $$`)
-	stop := o.serve(workDefinitions, append(set, "health.listen=")...)
+	stop := o.serve(workDefinitions, append(set, "health.listen=", "reply.wait_source=2m")...)
 	t.Cleanup(stop)
 	o.run(exitOK, testPassword, "users add amina --group crew")
 	return o, o.worker("amina")
@@ -503,7 +503,7 @@ func TestRejects(t *testing.T) {
 
 // TestEveryReason has each code of the catalogue given to a record by the running server, and none beside them.
 func TestEveryReason(t *testing.T) {
-	o, amina := work(t, "limits.row=4KiB", "reply.wait_source=2m")
+	o, amina := work(t, "limits.row=4KiB")
 	give := func(change func(*protocol.Request), want string, changes ...protocol.Change) {
 		t.Helper()
 		amina.put(change, changes...)

@@ -25,9 +25,7 @@ func TestDeviceIsVerified(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = d.Close() }()
-	if err := d.Enrol(r.ctx, device.EnrolOptions{Servers: []string{"nats://" + r.config.NATS.Embedded.Listen}, User: "alice", Device: "phone", Password: "visiting-hours"}); err != nil {
-		t.Fatal(err)
-	}
+	r.enrol(d, "alice")
 	verified := func(repair bool) device.Verification {
 		t.Helper()
 		l, err := d.Verify(r.ctx, device.VerifyOptions{Repair: repair})
@@ -130,9 +128,9 @@ func TestDeviceIsVerified(t *testing.T) {
 				if _, err := d.Sync(r.ctx, device.SyncOptions{Wait: protocol.WaitSource}); err != nil {
 					t.Fatal(err)
 				}
-				if got := r.value(r.source, "SELECT n::text FROM public.kinds WHERE id = "+cmp.Or(c.key, "33")); got != "7.70" {
-					t.Errorf("the edit did not reach the source: %s", got)
-				}
+				r.eventually("the edit reaches the source", func() bool {
+					return r.value(r.source, "SELECT n::text FROM public.kinds WHERE id = "+cmp.Or(c.key, "33")) == "7.70"
+				})
 			}
 			if v := verified(false); v.Different != 0 {
 				t.Errorf("%+v", v)

@@ -95,7 +95,7 @@ func TestByHand(t *testing.T) {
 	w.serve(t)
 	w.addUsers(1)
 	user := w.nurses[0].Login
-	nc, err := nats.Connect("nats://"+w.nats, nats.UserInfo(user+"/laptop", password), nats.CustomInboxPrefix("_INBOX."+user+".laptop"))
+	nc, err := nats.Connect("nats://"+w.nats, nats.UserInfo(user+"/laptop", password), nats.CustomInboxPrefix("_INBOX."+user+".laptop"), nats.Timeout(patience))
 	w.must(err)
 	defer nc.Close()
 	const inc = "00112233445566778899aabbccddeeff"
@@ -105,7 +105,7 @@ func TestByHand(t *testing.T) {
 		m.Data = []byte(body)
 		m.Header.Set("Content-Type", "application/json")
 		for deadline := time.Now().Add(patience); ; {
-			r, err := nc.RequestMsg(m, 20*time.Second)
+			r, err := nc.RequestMsg(m, patience)
 			w.must(err)
 			code := r.Header.Get("Ws-Error")
 			if code == "pending" && time.Now().Before(deadline) {
