@@ -138,7 +138,7 @@ var staticUsers = []grant{
 // other connections.
 func enrolGrant(user, device, verb, secret string) grant {
 	return grant{
-		user: user + "/" + device, account: accountDevices,
+		user: user + "/" + device + "/" + verb, account: accountDevices, // not closed with the device's: it may be on its way back
 		pub: []string{protocol.RequestSubject(user, device, verb)},
 		sub: []string{protocol.EnrolInbox(user, device, secret) + ".>"},
 	}

@@ -24,6 +24,7 @@ type connection struct {
 	server string
 	cid    uint64
 	name   string // "user/device"
+	start  time.Time
 }
 
 // connName names a connection in the whole cluster.
@@ -31,17 +32,18 @@ func connName(server string, cid uint64) string { return server + ":" + strconv.
 
 // Disconnect closes the connections of a device, or of all of a user's devices when device is empty, on every server of the
 // cluster. It is for a device that the Authenticator refuses from now on: else it is back at once. A login that was being
-// decided at this moment is caught by a second look after the longest time that a login takes. The connection that except
+// decided at this moment is caught by a second look after the longest time that a login takes, which leaves alone what has come
+// since: a device that was let in again in the meantime. The connection that except
 // names (as [Authenticator] heard it) may stay.
 func (q *Queue) Disconnect(ctx context.Context, user, device, except string) error {
-	err := q.disconnect(ctx, user, device, except)
+	looked, err := q.disconnect(ctx, user, device, except, nil)
 	q.mu.Lock()
 	if q.ctx.Err() == nil {
 		q.wg.Go(func() {
 			if !sleep(q.ctx, authTimeout+time.Second) {
 				return
 			}
-			if err := q.disconnect(q.ctx, user, device, except); err != nil && q.ctx.Err() == nil {
+			if _, err := q.disconnect(q.ctx, user, device, except, looked); err != nil && q.ctx.Err() == nil {
 				q.log.Warn("cannot look a second time for connections of a blocked device", zap.String("user", user), zap.String("device", device), zap.Error(err))
 			}
 		})
@@ -50,16 +52,17 @@ func (q *Queue) Disconnect(ctx context.Context, user, device, except string) err
 	return err
 }
 
-func (q *Queue) disconnect(ctx context.Context, user, device, except string) error {
-	all, err := q.connections(ctx, user, device)
+// disconnect tells when it looked, by the clock of each server. before, if a server is in it, keeps connections that are younger.
+func (q *Queue) disconnect(ctx context.Context, user, device, except string, before map[string]time.Time) (looked map[string]time.Time, err error) {
+	all, looked, err := q.connections(ctx, user, device)
 	errs := []error{err}
 	for _, c := range all {
-		if connName(c.server, c.cid) == except {
+		if last, ok := before[c.server]; connName(c.server, c.cid) == except || ok && c.start.After(last) {
 			continue
 		}
 		body, err := json.Marshal(map[string]uint64{"cid": c.cid})
 		if err != nil {
-			return err
+			return looked, err
 		}
 		one, cancel := context.WithTimeout(ctx, gatherFirst)
 		_, err = q.sys.RequestWithContext(one, "$SYS.REQ.SERVER."+c.server+".KICK", body)
@@ -70,26 +73,27 @@ func (q *Queue) disconnect(ctx context.Context, user, device, except string) err
 		}
 		q.log.Info("closed a connection", zap.String("device", c.name), zap.Uint64("cid", c.cid))
 	}
-	return errors.Join(errs...)
+	return looked, errors.Join(errs...)
 }
 
-// connections asks every server which connections a device has.
-func (q *Queue) connections(ctx context.Context, user, device string) ([]connection, error) {
+// connections asks every server which connections a device has, and tells when each has answered first, by its own clock.
+func (q *Queue) connections(ctx context.Context, user, device string) ([]connection, map[string]time.Time, error) {
 	ask := map[string]any{"auth": true, "acc": accountDevices, "limit": connPage}
 	if device != "" {
 		ask["user"] = user + "/" + device
 	}
 	var found []connection
+	looked := map[string]time.Time{}
 	for offset, more := 0, true; more; offset += connPage {
 		more = false
 		ask["offset"] = offset
 		body, err := json.Marshal(ask)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		answers, err := q.gather(ctx, "$SYS.REQ.SERVER.PING.CONNZ", body)
 		if err != nil {
-			return nil, fmt.Errorf("queue: list connections: %w", err)
+			return nil, nil, fmt.Errorf("queue: list connections: %w", err)
 		}
 		for _, a := range answers {
 			var z struct {
@@ -97,20 +101,25 @@ func (q *Queue) connections(ctx context.Context, user, device string) ([]connect
 					ID string `json:"id"`
 				} `json:"server"`
 				Data struct {
-					Total       int `json:"total"`
+					Now         time.Time `json:"now"`
+					Total       int       `json:"total"`
 					Connections []struct {
-						CID  uint64 `json:"cid"`
-						User string `json:"authorized_user"`
+						CID   uint64    `json:"cid"`
+						User  string    `json:"authorized_user"`
+						Start time.Time `json:"start"`
 					} `json:"connections"`
 				} `json:"data"`
 				Error any `json:"error"`
 			}
 			if err := json.Unmarshal(a, &z); err != nil || z.Error != nil || z.Server.ID == "" {
-				return nil, fmt.Errorf("queue: list connections: unexpected answer of a server: %.200q: %w", a, err)
+				return nil, nil, fmt.Errorf("queue: list connections: unexpected answer of a server: %.200q: %w", a, err)
+			}
+			if _, ok := looked[z.Server.ID]; !ok && !z.Data.Now.IsZero() {
+				looked[z.Server.ID] = z.Data.Now
 			}
 			for _, c := range z.Data.Connections {
 				if u, d, ok := strings.Cut(c.User, "/"); ok && u == user && (device == "" || d == device) {
-					found = append(found, connection{z.Server.ID, c.CID, c.User})
+					found = append(found, connection{z.Server.ID, c.CID, c.User, c.Start})
 				}
 			}
 			if offset+len(z.Data.Connections) < z.Data.Total && len(z.Data.Connections) > 0 {
@@ -118,7 +127,7 @@ func (q *Queue) connections(ctx context.Context, user, device string) ([]connect
 			}
 		}
 	}
-	return found, nil
+	return found, looked, nil
 }
 
 // gather collects the answers of all servers to one request.

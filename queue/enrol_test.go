@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats.go"
 
@@ -197,5 +198,25 @@ func TestDisconnectAllButOne(t *testing.T) {
 	})
 	if second.nc.Stats().Reconnects != 0 || !second.nc.IsConnected() {
 		t.Error("the new connection was closed too")
+	}
+}
+
+// A device that was blocked and let in again is left alone by the second look for its connections.
+func TestBackAfterABlock(t *testing.T) {
+	b := start(t)
+	before := b.device("alice/phone")
+	if err := b.q.Disconnect(within(t), "alice", "phone", ""); err != nil {
+		t.Fatal(err)
+	}
+	after := b.device("alice/phone") // it was not blocked for long
+	eventually(t, "the connection from before", func() error {
+		if before.nc.Stats().Reconnects == 0 {
+			return errors.New("was not closed")
+		}
+		return nil
+	})
+	time.Sleep(8 * time.Second) // the second look comes after 6; a late one is no failure
+	if after.nc.Stats().Reconnects != 0 {
+		t.Error("the connection that came later was closed")
 	}
 }

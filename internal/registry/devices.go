@@ -23,7 +23,7 @@ type Device struct {
 	EnrolledAt     *time.Time `json:"enrolled_at,omitempty"`
 	LastSeenAt     *time.Time `json:"last_seen_at,omitempty"` // login, exact to a minute
 	LastSyncAt     *time.Time `json:"last_sync_at,omitempty"`
-	OldestUnsentAt *time.Time `json:"oldest_unsent_at,omitempty"` // as the device said it in its last session
+	OldestUnsentAt *time.Time `json:"oldest_unsent_at,omitempty"` // as the device said it when its last session began
 	Forks          int        `json:"forks"`                      // how often its file turned out to be restored or copied
 }
 
@@ -124,7 +124,8 @@ type DeviceDetail struct {
 	Incarnations []Incarnation `json:"incarnations"` // newest first, at most 20
 }
 
-// RefusedLogin is a login in the device's name that was not let in. The name in it was claimed, not proven.
+// RefusedLogin is a login in the device's name that was not let in, or an enrolment that was refused after it. The name in it was
+// claimed, not proven. Host is empty where it is not known.
 type RefusedLogin struct {
 	At   time.Time     `json:"at"`
 	Code protocol.Code `json:"code"`
@@ -136,7 +137,7 @@ type DeviceSet struct {
 	Set    string     `json:"set"`
 	UpAt   *time.Time `json:"up_at,omitempty"`   // the last time that records of the device were merged
 	DownAt *time.Time `json:"down_at,omitempty"` // the last time that the device had applied a reply
-	OpenAt *time.Time `json:"open_at,omitempty"` // a session that came later, and is not at its end
+	OpenAt *time.Time `json:"open_at,omitempty"` // the last session, when it is not at its end
 }
 
 // Incarnation is one life of a device's file.
@@ -188,16 +189,14 @@ func (r *Registry) Device(ctx context.Context, user, device string) (DeviceDetai
 		d.Refused = &refused
 	}
 	rows, err := tx.Query(ctx, `
-		SELECT set_name, max(merged_at) FILTER (WHERE records > 0), max(closed_at), max(received_at) FILTER (WHERE state <> 'closed')
+		SELECT set_name, max(merged_at) FILTER (WHERE records > 0), max(closed_at),
+			CASE WHEN (array_agg(state ORDER BY id DESC))[1] <> 'closed' THEN (array_agg(received_at ORDER BY id DESC))[1] END
 		  FROM waystage.session WHERE device_id = $1 GROUP BY set_name ORDER BY set_name`, d.ID)
 	if err != nil {
 		return d, wrap("show device", err)
 	}
 	if d.Sets, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (s DeviceSet, err error) {
 		err = row.Scan(&s.Set, &s.UpAt, &s.DownAt, &s.OpenAt)
-		if s.OpenAt != nil && s.DownAt != nil && s.OpenAt.Before(*s.DownAt) {
-			s.OpenAt = nil
-		}
 		return s, err
 	}); err != nil {
 		return d, wrap("show device", err)

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 	"testing"
@@ -79,10 +80,13 @@ func TestTwoServersOnOneBroker(t *testing.T) {
 	stopThird()
 }
 
-// TestBlockingCutsTheConnection blocks a device that is connected and waits for a reply.
+// TestBlockingCutsTheConnection blocks a device that is connected and waits for a reply: by a third process, with two servers, of which
+// neither knows whose gateway it waits at. Afterwards neither lets it in.
 func TestBlockingCutsTheConnection(t *testing.T) {
 	w := newWorld(t, nurse.Size{Nurses: 2, Patients: 8, Records: 20})
 	externalBroker(w)
+	w.serve(t)
+	w.config.Health.Listen = freeAddress(t)
 	w.serve(t)
 	w.addUsers(1)
 	d := w.enrol(w.nurses[0], "phone")
@@ -122,6 +126,11 @@ func TestBlockingCutsTheConnection(t *testing.T) {
 		t.Logf("out after %s: %v", time.Since(began).Round(time.Millisecond), err)
 	case <-time.After(patience):
 		t.Fatal("the blocked device is still connected")
+	}
+	for range 4 { // each login is decided by one of the two
+		if _, err := d.Sync(w.ctx, device.SyncOptions{}); !errors.Is(err, device.ErrLogin) {
+			t.Errorf("a blocked device hears %v", err)
+		}
 	}
 	waystage("devices", "unblock", w.nurses[0].Login+"/phone")
 	w.must(hold.Rollback(w.ctx))
