@@ -246,7 +246,7 @@ func TestDevices(t *testing.T) {
 	o.run(exitAuth, "", "device sync"+dev("amina.db"))
 	enrol(exitOK, "amina/phone", "amina.db", " --token", newToken("amina/phone"))
 	rep, rows := o.sync(dev("amina.db"))
-	if !rep.Forked || rep.Sent != 3 || rep.Rejected != 0 || rows["patient"] != 3 {
+	if !rep.Forked || rep.Merged != 3 || rep.Rejected != 0 || rows["patient"] != 3 {
 		t.Errorf("after the reset: %+v %v", rep, rows)
 	}
 	if d := show("amina/phone"); d.Forks != 0 || d.ResetAt == nil || len(d.Incarnations) != 2 {
