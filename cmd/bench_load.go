@@ -133,7 +133,7 @@ func (d *loadDevice) fetch(ctx context.Context, token string) (verdicts []protoc
 		verdicts = append(verdicts, got.Verdicts...)
 		if got.Last {
 			d.cursor, d.epoch = got.Cursor, got.Epoch
-			return verdicts, nil
+			return verdicts, d.t.Ack(ctx, token)
 		}
 	}
 }

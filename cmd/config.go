@@ -80,8 +80,8 @@ type OIDC struct {
 	UserClaim   string   `koanf:"user_claim" doc:"Claim whose value, in lower case, is the user's name; a.b looks into a claim."`
 	UserSuffix  string   `koanf:"user_suffix" doc:"What that value must end in, and is cut off, e.g. @example.org."`
 	GroupsClaim string   `koanf:"groups_claim" doc:"Claim with a list of groups or roles; empty: groups are ours to say."`
-	Groups      []string `koanf:"groups" doc:"VALUE=GROUP: which value means which group of ours; other values count for nothing."`
-	Attributes  []string `koanf:"attributes" doc:"ATTRIBUTE=CLAIM: attributes of a user that come from claims."`
+	Groups      []string `koanf:"groups" doc:"Which value means which group of ours, each as VALUE=GROUP; other values count for nothing."`
+	Attributes  []string `koanf:"attributes" doc:"Attributes of a user that come from claims, each as ATTRIBUTE=CLAIM."`
 	Algorithms  []string `koanf:"algorithms" doc:"Allowed signatures: RS, PS or ES with 256, 384, 512, EdDSA."`
 	ClockSkew   Duration `koanf:"clock_skew" doc:"How far clocks may differ."`
 	AutoCreate  bool     `koanf:"auto_create" doc:"Make users known with their first login; otherwise they must be there."`

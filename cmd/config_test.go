@@ -172,7 +172,11 @@ func TestReference(t *testing.T) {
 	c.file, c.origins = "", nil
 	base := filepath.Dir(path)
 	want.Definitions, want.NATS.Embedded.Store = filepath.Join(base, want.Definitions), filepath.Join(base, want.NATS.Embedded.Store)
-	c.NATS.External.URLs = nil // an empty list and none are the same
+	for _, list := range []*[]string{&c.NATS.External.URLs, &c.Identity.OIDC.Audience, &c.Identity.OIDC.Groups, &c.Identity.OIDC.Attributes} {
+		if len(*list) == 0 {
+			*list = nil // an empty list and none are the same
+		}
+	}
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("the reference shows other values than the defaults:\n%+v\n%+v", c, want)
 	}

@@ -31,6 +31,17 @@ const (
 	CodeSessionOpen  Code = "session_open"  // another file of the same device has a session under way: retry after the given time
 )
 
+// Rejections of a device's change of a file, beside stale_version, row_deleted, not_subscribed and operation_not_allowed; and
+// refusals of calls about files.
+const (
+	CodePath         Code = "invalid_path"  // not a path that a file can have
+	CodeFileTooBig   Code = "file_too_big"  // the file is over the subscription's max_size
+	CodeFileQuota    Code = "file_quota"    // the user's uploads are over their total
+	CodeFileContent  Code = "file_content"  // the content is not what was announced: another size or hash
+	CodeFileLost     Code = "file_lost"     // the server does not have the content now
+	CodeFileConflict Code = "file_conflict" // the same upload id with another change
+)
+
 // Rejections of one record by the merge.
 const (
 	CodeStale         Code = "stale_version"         // the row has changed since the version that the edit was made on
@@ -46,17 +57,6 @@ const (
 	CodeDuplicate     Code = "duplicate_row"         // the same row twice in one session
 	CodeRowTooBig     Code = "row_too_big"           // the row is over the row size limit
 	CodeInvalidRecord Code = "invalid_record"        // image missing, superfluous or of the wrong length
-)
-
-// Rejections of a device's change of a file, beside stale_version, row_deleted, not_subscribed and operation_not_allowed; and
-// refusals of calls about files.
-const (
-	CodePath         Code = "invalid_path"  // not a path that a file can have
-	CodeFileTooBig   Code = "file_too_big"  // the file is over the subscription's max_size
-	CodeFileQuota    Code = "file_quota"    // the user's uploads are over their total
-	CodeFileContent  Code = "file_content"  // the content is not what was announced: another size or hash
-	CodeFileLost     Code = "file_lost"     // the server does not have the content now
-	CodeFileConflict Code = "file_conflict" // the same upload id with another change
 )
 
 // Rejections that a device makes by itself, beside those above that need no server (invalid_value, row_too_big,
