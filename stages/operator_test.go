@@ -359,6 +359,8 @@ func testRejectRetention(t *testing.T, r *rig) {
 	discarded := stale(r, amy, "discarded")
 	retried := stale(r, amy, "retried")
 	again := stale(r, amy, "again")
+	settled := stale(r, amy, "settled")
+	r.exec(`UPDATE waystage.change SET code = 'source_wins' WHERE id = $1`, settled)
 	if _, err := o.Discard(r.ctx, []int64{discarded}, ""); err != nil {
 		t.Fatal(err)
 	}
@@ -391,7 +393,7 @@ func testRejectRetention(t *testing.T, r *rig) {
 	}
 	there := func(want string) {
 		t.Helper()
-		names := map[int64]string{open: "open", discarded: "discarded", retried: "retried", again: "again", result: "result", list[0].Result: "failed"}
+		names := map[int64]string{open: "open", discarded: "discarded", retried: "retried", again: "again", settled: "settled", result: "result", list[0].Result: "failed"}
 		rows, err := r.db.Query(r.ctx, `SELECT id FROM waystage.change ORDER BY id`)
 		if err != nil {
 			t.Fatal(err)
@@ -410,7 +412,7 @@ func testRejectRetention(t *testing.T, r *rig) {
 	}
 	age(40)
 	prune(90, 60)
-	there("open discarded retried again result failed")
+	there("open discarded retried again settled result failed")
 	// Handled ones go after their own time; what nobody handled, and what failed again, stays.
 	prune(90, 30)
 	there("open again failed")

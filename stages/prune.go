@@ -87,14 +87,14 @@ func (p *Pruner) Prune(ctx context.Context) (n Pruned, err error) {
 			OR EXISTS (SELECT FROM waystage.incarnation mine JOIN waystage.incarnation later
 				ON later.device_id = mine.device_id AND later.created_at > mine.created_at AND later.last_n > 0 WHERE mine.id = c.incarnation))
 		AND NOT EXISTS (SELECT FROM waystage.reject_action a WHERE a.session_id = c.session_id AND a.idx = c.idx)`
-	// Handled is what was discarded, or retried and applied. The log of actions goes with its record.
+	// Handled is what was discarded, settled by a policy, or retried and applied. The log of actions goes with its record.
 	rejected, err := p.chunks(ctx, "rejected changes", `
 		DELETE FROM waystage.change WHERE id IN (
 			SELECT c.id FROM waystage.change c JOIN waystage.reject r ON r.id = c.id
 			WHERE c.state IN ('rejected', 'refused') AND c.decided_at < now() - least($2::interval, $3::interval) AND CASE
 				WHEN r.status IN ('discarded', 'settled') OR r.status = 'retried' AND EXISTS (SELECT FROM waystage.reject_action a
 						JOIN waystage.change n ON n.session_id = a.session_id AND n.idx = a.idx WHERE a.record = c.id AND n.state = 'applied')
-					THEN (SELECT max(a.at) FROM waystage.reject_action a WHERE a.record = c.id) < now() - $3::interval
+					THEN coalesce((SELECT max(a.at) FROM waystage.reject_action a WHERE a.record = c.id), c.decided_at) < now() - $3::interval
 				ELSE r.status <> 'retried' AND c.decided_at < now() - $2::interval END
 				AND `+heard+`
 			ORDER BY c.id LIMIT $1)`, p.cfg.Rejects, p.cfg.Handled)
