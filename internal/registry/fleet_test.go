@@ -213,6 +213,13 @@ func TestResetAndRemove(t *testing.T) {
 	if d, err := r.Device(ctx, "alice", "phone"); err != nil || d.Refused == nil || d.Refused.Code != "credentials" || d.Refused.Host != "10.0.0.1" {
 		t.Errorf("%+v %v", d, err)
 	}
+	// Another reason is told however soon it comes.
+	for _, code := range []protocol.Code{protocol.CodeBlocked, protocol.CodeTokenUsed, "credentials"} {
+		must(t, r.Refused(ctx, "alice", "phone", code, "10.0.0.2"))
+		if d, err := r.Device(ctx, "alice", "phone"); err != nil || d.Refused.Code != code || d.Refused.Host != "10.0.0.2" {
+			t.Errorf("%s: %+v %v", code, d.Refused, err)
+		}
+	}
 
 	// A removed device is gone for everybody; enrolled again under its name it is the same for the ledger.
 	must(t, r.RemoveDevice(ctx, "alice", "phone"))

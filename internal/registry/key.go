@@ -108,10 +108,10 @@ func (r *Registry) Refused(ctx context.Context, user, device string, code protoc
 	if !protocol.ValidName(user) || !protocol.ValidName(device) {
 		return nil
 	}
-	// Whoever tries a thousand times causes one write a second.
+	// Whoever tries a thousand times causes one write a second for each reason.
 	_, err := r.pool.Exec(ctx, `
 		UPDATE waystage.device SET refused_at = now(), refused_code = $3, refused_host = $4
-		 WHERE user_name = $1 AND name = $2 AND removed_at IS NULL AND (refused_at IS NULL OR refused_at < now() - interval '1 second')`,
+		 WHERE user_name = $1 AND name = $2 AND removed_at IS NULL AND (refused_at IS NULL OR refused_at < now() - interval '1 second' OR refused_code IS DISTINCT FROM $3)`,
 		user, device, string(code), shortText(host))
 	return wrap("note a refused login", err)
 }
