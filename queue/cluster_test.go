@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 
+	"github.com/waystage/waystage/internal/pgcluster"
 	"github.com/waystage/waystage/protocol"
 	"github.com/waystage/waystage/queue"
 )
@@ -22,7 +24,11 @@ func external(t testing.TB, s queue.Secrets, n int) []*server.Server {
 	t.Helper()
 	var routes, listen []string
 	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		port, err := pgcluster.FreePort()
+		if err != nil {
+			t.Fatal(err)
+		}
+		l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -117,7 +117,7 @@ func (c *Cluster) setUp(ctx context.Context, o Options) error {
 	}
 	const tries = 5
 	for try := 1; ; try++ {
-		port, err := freePort()
+		port, err := FreePort()
 		if err != nil {
 			return err
 		}
@@ -198,9 +198,9 @@ func (c *Cluster) configure(port int, o Options) error {
 	return nil
 }
 
-// freePort looks below the range from which systems take ports of outgoing connections, so that a stopped
-// cluster finds its port free again.
-func freePort() (int, error) {
+// FreePort is a port of 127.0.0.1 that nobody listens on, for a server that is yet to be started. It looks below the range from which
+// systems take ports of outgoing connections, so that a stopped server finds its port free again, and one to come is not forestalled.
+func FreePort() (int, error) {
 	const low, high = 15000, 32000
 	var last error
 	for range 100 {

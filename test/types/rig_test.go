@@ -8,7 +8,6 @@ import (
 	"encoding/hex"
 	"fmt"
 	"math"
-	"net"
 	"os"
 	"path/filepath"
 	"sort"
@@ -28,6 +27,7 @@ import (
 	"github.com/waystage/waystage/internal/registry"
 	"github.com/waystage/waystage/protocol"
 	"github.com/waystage/waystage/schema"
+	"github.com/waystage/waystage/test/world"
 )
 
 func TestMain(m *testing.M) { pgtest.Main(m) }
@@ -113,12 +113,11 @@ func (r *rig) pool(dsn string) *pgxpool.Pool {
 
 func freeAddress(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	address, err := world.FreeAddress()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = l.Close() }()
-	return l.Addr().String()
+	return address
 }
 
 func (r *rig) serve() {
