@@ -9,7 +9,6 @@ import (
 	"github.com/waystage/waystage/apply"
 	"github.com/waystage/waystage/capture"
 	"github.com/waystage/waystage/change"
-	"github.com/waystage/waystage/internal/files"
 	"github.com/waystage/waystage/queue"
 	"github.com/waystage/waystage/stages"
 )
@@ -84,17 +83,6 @@ func streamLost(err error) error {
 		return fmt.Errorf("%w: %w", capture.ErrStreamLost, err)
 	}
 	return err
-}
-
-// chunks is the queue's store as the files see it.
-type chunks struct{ *queue.Chunks }
-
-func (c chunks) Get(ctx context.Context, sha files.Hash) ([]byte, error) {
-	data, err := c.Chunks.Get(ctx, sha)
-	if errors.Is(err, queue.ErrNoChunk) {
-		return nil, files.ErrNoChunk
-	}
-	return data, err
 }
 
 // changes is one direction's change data as apply sees it.

@@ -64,7 +64,7 @@ func (a *app) withFiles(ctx context.Context, what string, contents bool, do func
 			if err != nil {
 				return err
 			}
-			at = chunks{c}
+			at = c
 		}
 		return filesFailure(what, do(ctx, files.New(conf.filesConfig(), mirror, at, nil, nil)))
 	})

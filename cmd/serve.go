@@ -197,7 +197,7 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 		return err
 	}
 	defer filesPool.Close()
-	store := files.New(c.filesConfig(), filesPool, chunks{q.Chunks()}, current.Definitions, log)
+	store := files.New(c.filesConfig(), filesPool, q.Chunks(), current.Definitions, log)
 	sup.Go(func() error { return store.Keep(support, keepFiles) })
 	if c.Files.Directory != "" {
 		sup.Go(func() error { return watchDirectory(support, c, store, log) })

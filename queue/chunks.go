@@ -13,9 +13,6 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// ErrNoChunk means that a chunk is not in the store, or is damaged there.
-var ErrNoChunk = errors.New("queue: no such chunk")
-
 // ErrFull means that the store takes no more.
 var ErrFull = errors.New("queue: the store of files is full (limits.file_bytes)")
 
@@ -59,21 +56,21 @@ func (c *Chunks) Put(ctx context.Context, data []byte) ([sha256.Size]byte, error
 	return sha, nil
 }
 
-// Get reads a chunk and checks that it is the one.
-func (c *Chunks) Get(ctx context.Context, sha [sha256.Size]byte) ([]byte, error) {
+// Get reads a chunk and checks that it is the one. One that is damaged is not there.
+func (c *Chunks) Get(ctx context.Context, sha [sha256.Size]byte) (data []byte, there bool, err error) {
 	ctx, cancel := bounded(ctx)
 	defer cancel()
 	m, err := last(ctx, c.nc, StreamFile, chunkSubject(sha), c.replicas)
 	switch {
 	case errors.Is(err, errNoPage):
-		return nil, ErrNoChunk
+		return nil, false, nil
 	case err != nil:
 		c.heal(err)
-		return nil, err
+		return nil, false, err
 	case sha256.Sum256(m.Data) != sha:
-		return nil, ErrNoChunk
+		return nil, false, nil
 	}
-	return m.Data, nil
+	return m.Data, true, nil
 }
 
 // Names lists what is stored.

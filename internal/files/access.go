@@ -151,13 +151,13 @@ func (s *Store) Fetch(ctx context.Context, user, device, sha256 string, n int) (
 	case err != nil:
 		return nil, fmt.Errorf("look up content %s: %w", sha256, err)
 	}
-	data, err := s.chunks.Get(ctx, b.chunks[n-1])
-	if errors.Is(err, ErrNoChunk) {
-		s.lost(ctx, sha)
-		return nil, refuse(protocol.CodeFileLost, 60, "the server has lost the content of the file; it comes when it is published again")
-	}
+	data, there, err := s.chunks.Get(ctx, b.chunks[n-1])
 	if err != nil {
 		return nil, fmt.Errorf("read chunk %d of content %s: %w", n, sha256, err)
+	}
+	if !there {
+		s.lost(ctx, sha)
+		return nil, refuse(protocol.CodeFileLost, 60, "the server has lost the content of the file; it comes when it is published again")
 	}
 	s.metrics.down(len(data))
 	return data, nil

@@ -3,7 +3,6 @@ package files
 import (
 	"context"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"time"
 
@@ -59,11 +58,11 @@ func (s *Store) Check(ctx context.Context, deep bool, progress func(done, total 
 			if names[sha] && !deep {
 				continue
 			}
-			data, err := s.chunks.Get(ctx, sha) // what is missing in the list may have come since
-			if err != nil && !errors.Is(err, ErrNoChunk) {
+			data, found, err := s.chunks.Get(ctx, sha) // what is missing in the list may have come since
+			if err != nil {
 				return c, err
 			}
-			if err != nil || len(data) != protocol.FileChunkSize(b.size, i+1) {
+			if !found || len(data) != protocol.FileChunkSize(b.size, i+1) {
 				there = false
 				break
 			}

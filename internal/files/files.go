@@ -28,9 +28,6 @@ import (
 // Hash is a SHA-256, of a content or a chunk.
 type Hash = [sha256.Size]byte
 
-// ErrNoChunk is what [Chunks] answers for a chunk that it does not have.
-var ErrNoChunk = errors.New("no such chunk")
-
 // Errors of the operator's door.
 var (
 	ErrNoFile  = errors.New("there is no such file")
@@ -42,7 +39,7 @@ var (
 // Chunks is the store of chunks. Storing one twice is storing it once; it may lose any.
 type Chunks interface {
 	Put(ctx context.Context, data []byte) (Hash, error)
-	Get(ctx context.Context, sha Hash) ([]byte, error) // ErrNoChunk
+	Get(ctx context.Context, sha Hash) (data []byte, there bool, err error)
 	Names(ctx context.Context) (map[Hash]bool, error)
 	// Drop removes a chunk that was last stored before a time.
 	Drop(ctx context.Context, sha Hash, before time.Time) (bool, error)
@@ -341,13 +338,13 @@ func (s *Store) Copy(ctx context.Context, path string, w io.Writer) (File, error
 	}
 	whole := sha256.New()
 	for _, c := range b.chunks {
-		data, err := s.chunks.Get(ctx, c)
-		if errors.Is(err, ErrNoChunk) {
-			s.lost(ctx, sha)
-			return f, fmt.Errorf("%s: %w", path, ErrLost)
-		}
+		data, there, err := s.chunks.Get(ctx, c)
 		if err != nil {
 			return f, fmt.Errorf("read %s: %w", path, err)
+		}
+		if !there {
+			s.lost(ctx, sha)
+			return f, fmt.Errorf("%s: %w", path, ErrLost)
 		}
 		whole.Write(data)
 		if _, err := w.Write(data); err != nil {

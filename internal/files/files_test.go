@@ -40,17 +40,6 @@ sets: {field: [manuals, wounds, notes], desk: [notes]}
 groups: {nurses: {sets: [field]}, office: {sets: [desk]}}
 `
 
-// chunks adapts the queue's store, as cmd does.
-type chunks struct{ *queue.Chunks }
-
-func (c chunks) Get(ctx context.Context, sha files.Hash) ([]byte, error) {
-	data, err := c.Chunks.Get(ctx, sha)
-	if errors.Is(err, queue.ErrNoChunk) {
-		return nil, files.ErrNoChunk
-	}
-	return data, err
-}
-
 type rig struct {
 	t      *testing.T
 	ctx    context.Context
@@ -58,7 +47,7 @@ type rig struct {
 	q      *queue.Queue
 	store  *files.Store
 	cfg    files.Config
-	chunks chunks
+	chunks *queue.Chunks
 }
 
 func newRig(t *testing.T, cfg files.Config) *rig {
@@ -89,7 +78,7 @@ func newRig(t *testing.T, cfg files.Config) *rig {
 	r.q, err = queue.Open(ctx, queue.Config{Broker: queue.Broker{Embedded: server, Secrets: server.Secrets()}}, zap.NewNop())
 	r.must(err)
 	t.Cleanup(r.q.Close)
-	r.chunks = chunks{r.q.Chunks()}
+	r.chunks = r.q.Chunks()
 	defs, problems := schema.ParseDefinitions("definitions.yaml", []byte(definitions))
 	if defs == nil {
 		t.Fatal(problems)

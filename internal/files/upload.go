@@ -375,16 +375,16 @@ func (s *Store) assemble(ctx context.Context, u *upload) (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		data, err := s.chunks.Get(ctx, sha)
-		if errors.Is(err, ErrNoChunk) {
+		data, there, err := s.chunks.Get(ctx, sha)
+		if err != nil {
+			return false, fmt.Errorf("read chunk %d of upload %s: %w", i+1, u.id, err)
+		}
+		if !there {
 			u.chunks[i] = nil
 			if _, err := s.db.Exec(ctx, `UPDATE waystage.upload SET chunks[$3] = NULL WHERE device_id = $1 AND id = $2 AND state = 'receiving'`, u.deviceID, u.id, i+1); err != nil {
 				return false, fmt.Errorf("note the lost chunk %d of upload %s: %w", i+1, u.id, err)
 			}
 			return false, nil
-		}
-		if err != nil {
-			return false, fmt.Errorf("read chunk %d of upload %s: %w", i+1, u.id, err)
 		}
 		sum.Write(data)
 	}

@@ -39,17 +39,7 @@ func (w *world) fileStore(info cmd.Info) *files.Store {
 	w.t.Cleanup(nc.Close)
 	c, err := queue.NewChunks(nc)
 	w.must(err)
-	return files.New(files.Config{}, w.mirror, chunks{c}, nil, nil)
-}
-
-type chunks struct{ *queue.Chunks }
-
-func (c chunks) Get(ctx context.Context, sha files.Hash) ([]byte, error) {
-	data, err := c.Chunks.Get(ctx, sha)
-	if errors.Is(err, queue.ErrNoChunk) {
-		return nil, files.ErrNoChunk
-	}
-	return data, err
+	return files.New(files.Config{}, w.mirror, c, nil, nil)
 }
 
 func (w *world) publish(s *files.Store, path string, content []byte) {
