@@ -128,26 +128,26 @@ func (q *Queue) parsePart(subject string, h nats.Header, data []byte) (*Part, er
 }
 
 // Series looks up the other parts of p's series and returns all Total of them in order, or, when they are not all in the queue, the
-// number of the first that is missing. That costs one question, however long the series says it is. Parts of one series may have been delivered to different workers: whoever finds the series complete may take
+// number of the first that is missing. That costs the same however long the series says it is. Parts of one series may have been delivered to different workers: whoever finds the series complete may take
 // all of it. Acknowledging a looked up part removes it from the queue, also from under another worker.
 func (p *Part) Series(ctx context.Context) (all []*Part, missing int, err error) {
 	subject := func(i int) string {
 		return inSubject(p.User, p.Device, p.Session, protocol.PartToken(i, p.Total))
 	}
-	first, cancel := bounded(ctx)
-	defer cancel()
-	s, err := p.q.js.Stream(first, StreamIn)
+	there, err := p.q.subjects(ctx, StreamIn, inSubject(p.User, p.Device, p.Session, "*"))
 	if err != nil {
-		return nil, 0, fmt.Errorf("queue: look up series: %w", err)
-	}
-	info, err := s.Info(first, jetstream.WithSubjectFilter(inSubject(p.User, p.Device, p.Session, "*")))
-	if err != nil {
-		return nil, 0, fmt.Errorf("queue: look up series: %w", err)
+		return nil, 0, err
 	}
 	for i := 1; i <= p.Total; i++ {
-		if info.State.Subjects[subject(i)] == 0 && i != p.Index {
+		if there[subject(i)] == 0 && i != p.Index {
 			return nil, i, nil
 		}
+	}
+	first, cancel := bounded(ctx)
+	s, err := p.q.js.Stream(first, StreamIn)
+	cancel()
+	if err != nil {
+		return nil, 0, fmt.Errorf("queue: look up series: %w", err)
 	}
 	all = make([]*Part, p.Total)
 	for i := range all {

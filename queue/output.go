@@ -66,17 +66,23 @@ func (q *Queue) Waiting(ctx context.Context, user, device, session string) (int,
 }
 
 func (q *Queue) count(ctx context.Context, stream, filter string) (int, error) {
+	subjects, err := q.subjects(ctx, stream, filter)
+	return len(subjects), err
+}
+
+// subjects lists the subjects of a stream's messages that the filter takes, with the number of messages on each.
+func (q *Queue) subjects(ctx context.Context, stream, filter string) (map[string]uint64, error) {
 	ctx, cancel := bounded(ctx)
 	defer cancel()
 	s, err := q.js.Stream(ctx, stream)
 	if err != nil {
-		return 0, fmt.Errorf("queue: count %s: %w", filter, err)
+		return nil, fmt.Errorf("queue: count %s: %w", filter, err)
 	}
 	info, err := s.Info(ctx, jetstream.WithSubjectFilter(filter))
 	if err != nil {
-		return 0, fmt.Errorf("queue: count %s: %w", filter, err)
+		return nil, fmt.Errorf("queue: count %s: %w", filter, err)
 	}
-	return len(info.State.Subjects), nil
+	return info.State.Subjects, nil
 }
 
 // PurgePages removes a reply.
