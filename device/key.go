@@ -93,11 +93,7 @@ func (d *Device) Rotate(ctx context.Context) error {
 		return fmt.Errorf("device: %w", ErrSyncing)
 	}
 	defer d.syncing.Unlock()
-	var st state
-	err := d.read(ctx, func(t *txn) (err error) {
-		st, err = t.state()
-		return err
-	})
+	st, err := d.state(ctx)
 	if err != nil {
 		return err
 	}
@@ -118,11 +114,7 @@ func (d *Device) rotate(ctx context.Context, tr Transport) error {
 	if err := tr.Rotate(ctx, protocol.Rotation{Key: public}); err != nil {
 		return explain("change of key", err)
 	}
-	var st state
-	err = d.read(ctx, func(t *txn) (err error) {
-		st, err = t.state()
-		return err
-	})
+	st, err := d.state(ctx)
 	if err != nil {
 		return err
 	}
@@ -150,11 +142,7 @@ func (d *Device) RotateEvery(ctx context.Context, age time.Duration) error {
 // renew changes the key at the end of a sync if the operator wants it, if it is old, or if an earlier change was broken off.
 // The sync is complete without it: what goes wrong is told in the report, and tried again with the next one.
 func (d *Device) renew(ctx context.Context, tr Transport, rep *Report) error {
-	var st state
-	err := d.read(ctx, func(t *txn) (err error) {
-		st, err = t.state()
-		return err
-	})
+	st, err := d.state(ctx)
 	if err != nil || !st.keyDue(time.Now()) {
 		return err
 	}
@@ -216,11 +204,7 @@ func (d *Device) Enrol(ctx context.Context, o EnrolOptions) error {
 	if err != nil {
 		return err
 	}
-	var st state
-	err = d.read(ctx, func(t *txn) (err error) {
-		st, err = t.state()
-		return err
-	})
+	st, err := d.state(ctx)
 	if err != nil {
 		return err
 	}

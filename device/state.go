@@ -297,6 +297,24 @@ func (d *Device) prepare(ctx context.Context) error {
 	})
 }
 
+// state reads what the file says of itself, outside any other transaction.
+func (d *Device) state(ctx context.Context) (st state, err error) {
+	err = d.read(ctx, func(t *txn) (err error) {
+		st, err = t.state()
+		return err
+	})
+	return st, err
+}
+
+// enrolled is state of a file that can log in; ErrNotEnrolled: it cannot.
+func (t *txn) enrolled() (state, error) {
+	st, err := t.state()
+	if err == nil {
+		_, err = st.login()
+	}
+	return st, err
+}
+
 func (t *txn) state() (state, error) {
 	var s state
 	err := t.get(`SELECT incarnation, n, open_n, epoch, running, most_changes, user, device, servers, seed,

@@ -82,10 +82,7 @@ func (d *Device) Sync(ctx context.Context, o SyncOptions) (rep Report, err error
 // begin checks the capture and notes which sets are to be synced; a sync that was broken off keeps its list.
 func (d *Device) begin(ctx context.Context, o SyncOptions, rep *Report) (st state, err error) {
 	err = d.write(ctx, func(t *txn) error {
-		if st, err = t.state(); err != nil {
-			return err
-		}
-		if _, err := st.login(); err != nil {
+		if st, err = t.enrolled(); err != nil {
 			return err
 		}
 		c, err := t.load()

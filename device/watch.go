@@ -27,10 +27,7 @@ func (d *Device) Await(ctx context.Context, sets ...string) (Wake, error) {
 	var st state
 	ask := protocol.Watch{Sets: []protocol.WatchSet{}, Only: len(sets) > 0}
 	err := d.read(ctx, func(t *txn) (err error) {
-		if st, err = t.state(); err != nil {
-			return err
-		}
-		if _, err := st.login(); err != nil {
+		if st, err = t.enrolled(); err != nil {
 			return err
 		}
 		c, err := t.load()
