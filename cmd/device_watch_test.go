@@ -34,10 +34,10 @@ func (w *told) String() string {
 	return w.b.String()
 }
 
-// eventually repeats f until it returns nil, for a minute and a half.
-func eventually(t testing.TB, what string, f func() error) {
+// within repeats f until it returns nil, for as long as the bound says.
+func within(t testing.TB, bound time.Duration, what string, f func() error) {
 	t.Helper()
-	deadline := time.Now().Add(90 * time.Second)
+	deadline := time.Now().Add(bound)
 	for {
 		err := f()
 		if err == nil {
@@ -83,7 +83,7 @@ func TestSyncWatch(t *testing.T) {
 	}
 	defer func() { _ = d.Close() }()
 	var patient string
-	eventually(t, "the first sync", func() error {
+	within(t, 90*time.Second, "the first sync", func() error {
 		return d.DB().QueryRow("SELECT min(id) FROM patient HAVING min(id) IS NOT NULL").Scan(&patient)
 	})
 	source, err := pgx.Connect(t.Context(), o.source)
@@ -96,7 +96,7 @@ func TestSyncWatch(t *testing.T) {
 		if _, err := source.Exec(t.Context(), "UPDATE vn.patient SET remarks = $2 WHERE id::text = $1", patient, words); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "the office's words on the device", func() error {
+		within(t, 90*time.Second, "the office's words on the device", func() error {
 			var have string
 			if err := d.DB().QueryRow("SELECT coalesce(remarks, '') FROM patient WHERE id = ?", patient).Scan(&have); err != nil {
 				return err
@@ -114,7 +114,7 @@ func TestSyncWatch(t *testing.T) {
 	if _, err := d.DB().Exec("UPDATE patient SET remarks = 'from the field' WHERE id = ?", patient); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the nurse's words at the source", func() error {
+	within(t, 90*time.Second, "the nurse's words at the source", func() error {
 		var have string
 		if err := source.QueryRow(t.Context(), "SELECT remarks FROM vn.patient WHERE id::text = $1", patient).Scan(&have); err != nil {
 			return err
@@ -125,7 +125,7 @@ func TestSyncWatch(t *testing.T) {
 		return nil
 	})
 	// The source's verdict is news, too.
-	eventually(t, "the verdict", func() error {
+	within(t, 90*time.Second, "the verdict", func() error {
 		s, err := d.Status(t.Context())
 		if err != nil {
 			return err

@@ -38,25 +38,10 @@ func newDevices(a *app) *cobra.Command {
 					}
 				}
 				return a.withRegistry(c.Context(), "cannot "+c.Name()+" device "+args[0], func(ctx context.Context, r *registry.Registry) error {
-					failed := 0
-					for _, name := range args {
-						user, device, _ := deviceName(name)
-						err := do(r, ctx, user, device)
-						if err == nil {
-							a.say(done, name)
-							continue
-						}
-						err = refusal("cannot "+c.Name()+" device "+name, err)
-						if code := exitCode(err); len(args) == 1 || code != exitPrecondition && code != exitUsage {
-							return err
-						}
-						report(a.err, err)
-						failed++
-					}
-					if failed > 0 {
-						return silent(exitRejected)
-					}
-					return nil
+					return a.severally(args, "cannot "+c.Name()+" device ", done, func(i int) error {
+						user, device, _ := deviceName(args[i])
+						return do(r, ctx, user, device)
+					})
 				})
 			}}
 		if long == "" {
@@ -354,26 +339,32 @@ func newDevicesTokens(a *app) *cobra.Command {
 				ids[i] = id
 			}
 			return a.withRegistry(c.Context(), "cannot revoke token "+args[0], func(ctx context.Context, r *registry.Registry) error {
-				failed := 0
-				for i, id := range ids {
-					err := r.RevokeToken(ctx, id)
-					if err == nil {
-						a.say("token %d revoked", id)
-						continue
-					}
-					err = refusal("cannot revoke token "+args[i], err)
-					if len(ids) == 1 || exitCode(err) != exitPrecondition {
-						return err
-					}
-					report(a.err, err)
-					failed++
-				}
-				if failed > 0 {
-					return silent(exitRejected)
-				}
-				return nil
+				return a.severally(args, "cannot revoke token ", "token %s revoked", func(i int) error { return r.RevokeToken(ctx, ids[i]) })
 			})
 		}}
 	c.AddCommand(ls, revoke)
 	return c
+}
+
+// severally does something with each of the named, each for itself: what one is refused is told, and stops no other. done is said of
+// each that it was done with; cannot, before the name, of those it was not.
+func (a *app) severally(names []string, cannot, done string, do func(i int) error) error {
+	failed := 0
+	for i, name := range names {
+		err := do(i)
+		if err == nil {
+			a.say(done, name)
+			continue
+		}
+		err = refusal(cannot+name, err)
+		if code := exitCode(err); len(names) == 1 || code != exitPrecondition && code != exitUsage {
+			return err
+		}
+		report(a.err, err)
+		failed++
+	}
+	if failed > 0 {
+		return silent(exitRejected)
+	}
+	return nil
 }

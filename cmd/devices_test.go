@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
@@ -79,15 +80,7 @@ func (c *clinic) token(t *testing.T, email string, more map[string]any) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	body, err := json.Marshal(claims)
-	if err != nil {
-		t.Fatal(err)
-	}
-	o, err := signer.Sign(body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	text, err := o.CompactSerialize()
+	text, err := jwt.Signed(signer).Claims(claims).Serialize()
 	if err != nil {
 		t.Fatal(err)
 	}

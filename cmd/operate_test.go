@@ -4,12 +4,14 @@ import (
 	"context"
 	"encoding/csv"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -20,6 +22,7 @@ import (
 
 	"github.com/waystage/waystage/device"
 	"github.com/waystage/waystage/internal/nurse"
+	"github.com/waystage/waystage/internal/pgcluster"
 	"github.com/waystage/waystage/internal/pgtest"
 	"github.com/waystage/waystage/schema"
 )
@@ -122,12 +125,11 @@ func data[T any](o *operator, code int, line string) T {
 // freePort is an address that nobody listens on.
 func freePort(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := pgcluster.FreePort()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = l.Close() }()
-	return l.Addr().String()
+	return net.JoinHostPort("127.0.0.1", strconv.Itoa(port))
 }
 
 func TestInitAndCheck(t *testing.T) {
@@ -443,9 +445,10 @@ func TestOperate(t *testing.T) {
 
 func (o *operator) eventually(what string, ok func() bool) {
 	o.t.Helper()
-	for deadline := time.Now().Add(3 * time.Minute); !ok(); time.Sleep(50 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			o.t.Fatal("not true in time: " + what)
+	within(o.t, 3*time.Minute, what, func() error {
+		if !ok() {
+			return errors.New("not true in time")
 		}
-	}
+		return nil
+	})
 }

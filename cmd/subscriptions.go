@@ -322,13 +322,9 @@ New tables are copied while everything else goes on. It can be ended at any poin
 new one is complete.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			return a.withMirror(c.Context(), func(ctx context.Context, conf Config, mirror *pgxpool.Pool) error {
-				file := definitionsFile(conf, args)
-				defs, problems, err := readDefinitions(file)
+				defs, err := usableDefinitions(definitionsFile(conf, args))
 				if err != nil {
 					return err
-				}
-				if _, err := schema.Refusing(problems); err != nil {
-					return notUsable(file, err)
 				}
 				return a.enforce(ctx, conf, mirror, f, defs, note, yes)
 			})
@@ -381,6 +377,18 @@ func enforceFlags(c *cobra.Command, f *format, note *string, yes *bool) {
 	_ = c.RegisterFlagCompletionFunc("note", cobra.NoFileCompletions)
 	c.Flags().BoolVar(yes, "yes", false, "do not ask")
 	withOutput(c, f)
+}
+
+// usableDefinitions reads a definitions file that is to be compared with what is in force, or to take its place.
+func usableDefinitions(file string) (*schema.Definitions, error) {
+	defs, problems, err := readDefinitions(file)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := schema.Refusing(problems); err != nil {
+		return nil, notUsable(file, err)
+	}
+	return defs, nil
 }
 
 func notUsable(file string, err error) error {

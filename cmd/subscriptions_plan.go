@@ -31,13 +31,9 @@ Exit codes: 0 nothing would change, 8 something would, 2 the file is wrong.`,
 				return usage("--within wants a time such as 10s")
 			}
 			return a.withMirror(c.Context(), func(ctx context.Context, conf Config, mirror *pgxpool.Pool) error {
-				file := definitionsFile(conf, args)
-				defs, problems, err := readDefinitions(file)
+				defs, err := usableDefinitions(definitionsFile(conf, args))
 				if err != nil {
 					return err
-				}
-				if _, err := schema.Refusing(problems); err != nil {
-					return notUsable(file, err)
 				}
 				plan, err := a.plan(ctx, conf, mirror, defs, within)
 				if err != nil {

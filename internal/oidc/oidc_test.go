@@ -28,6 +28,7 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -143,15 +144,7 @@ func sign(t *testing.T, kid string, alg jose.SignatureAlgorithm, key any, claims
 	if err != nil {
 		t.Fatal(err)
 	}
-	body, err := json.Marshal(claims)
-	if err != nil {
-		t.Fatal(err)
-	}
-	o, err := s.Sign(body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	text, err := o.CompactSerialize()
+	text, err := jwt.Signed(s).Claims(claims).Serialize()
 	if err != nil {
 		t.Fatal(err)
 	}
