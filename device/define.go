@@ -3,7 +3,9 @@ package device
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
+	"strings"
 
 	"github.com/waystage/waystage/protocol"
 )
@@ -31,7 +33,7 @@ func (t *txn) define(name string, defs *protocol.Definitions) (more bool, err er
 	}
 	for ord, def := range defs.Tables {
 		tab := c.tables[def.Name]
-		if tab != nil && !slices.Equal(tab.Key, def.Key) {
+		if tab != nil && tab.rekeyed(def) {
 			if err := t.discard(name, tab); err != nil {
 				return false, err
 			}
@@ -73,6 +75,17 @@ func (t *txn) define(name string, defs *protocol.Definitions) (more bool, err er
 		return false, err
 	}
 	return more, t.shrink()
+}
+
+// rekeyed tells whether the table's rows have other keys now: other columns, or values that SQLite keeps in another way.
+func (tab *table) rekeyed(def protocol.Table) bool {
+	if !slices.Equal(tab.Key, def.Key) {
+		return true
+	}
+	return slices.ContainsFunc(def.Columns, func(c protocol.Column) bool {
+		i := tab.index(c.Name)
+		return i >= 0 && slices.Contains(tab.key, i) && kindOf(c.Type) != tab.Cols[i].kind
+	})
 }
 
 func (t *txn) define1(def protocol.Table) (*table, error) {
@@ -146,12 +159,9 @@ func (t *txn) addColumn(tab *table, col *column) error {
 	return t.exec("ALTER TABLE " + quote(tab.shadow()) + " ADD COLUMN " + quote("b_"+col.Local) + " " + col.kind.declared())
 }
 
-// convert changes how a column's values are kept, live ones and bases.
+// convert changes how the values of a column outside the key are kept, live ones and bases.
 func (t *txn) convert(tab *table, i int, was, is kind) error {
 	t.close()
-	if slices.Contains(tab.key, i) {
-		return fmt.Errorf("key column %s of table %s changes its type: not possible while the file keeps rows of it", tab.Cols[i].Wire, tab.Wire)
-	}
 	if err := t.uninstall(tab); err != nil {
 		return err
 	}
@@ -194,8 +204,101 @@ func (t *txn) convert(tab *table, i int, was, is kind) error {
 	return nil
 }
 
-// shrink takes away columns that no set carries any more: what leaves the subset leaves the device. An edit of such a
-// column goes with it.
+// keepLost writes edits of columns that leave into the rejected log, one entry a row. What else was edited in the row stays unsent; a row
+// of a unit is rejected whole, and its unit with it.
+func (t *txn) keepLost(tab *table, drop []column) error {
+	ids, err := t.ids(tab)
+	if err != nil {
+		return err
+	}
+	name, err := t.setOf(tab)
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		d, err := t.dirty(tab, id)
+		if err != nil {
+			return err
+		}
+		live, err := t.live(tab, d.key)
+		if err != nil {
+			return err
+		}
+		if live == nil {
+			continue
+		}
+		lost, err := t.lost(tab, d, live, drop)
+		if err != nil {
+			return err
+		}
+		if len(lost) == 0 {
+			continue
+		}
+		detail := fmt.Sprintf("left the subscription, so what was written has no place any more: %s", strings.Join(lost, ", "))
+		var unit int64
+		if err := t.get("SELECT coalesce(min(unit), 0) FROM "+quote(tab.units())+" WHERE id = ?", []any{d.id}, &unit); err != nil {
+			return err
+		}
+		if unit != 0 && !d.batch.Valid {
+			err = t.rejectHere(name, tab, d, live, unit, protocol.CodeSchema, detail)
+		} else {
+			err = t.rejectPart(name, tab, d, live, unit, protocol.CodeSchema, detail)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// lost names those of the columns whose content no server has or will have a verdict for.
+func (t *txn) lost(tab *table, d *dirty, live []any, drop []column) (names []string, err error) {
+	known := image{}
+	if d.base {
+		known = tab.image(d.baseRow)
+	}
+	if d.batch.Valid {
+		sent, err := t.sent(tab, d)
+		if err != nil {
+			return nil, err
+		}
+		maps.Copy(known, sent)
+	}
+	for _, col := range drop {
+		if !sameWire(toWire(col.kind, live[tab.index(col.Wire)]), known[col.Wire]) {
+			names = append(names, col.Wire)
+		}
+	}
+	return names, nil
+}
+
+// sent is the new image in the record that carries a row.
+func (t *txn) sent(tab *table, d *dirty) (image, error) {
+	var p Payload
+	err := t.get(`SELECT o.content_type, o.encoding, o.payload FROM _ws_outbox o, _ws_state s WHERE `+markOf+` = ?`,
+		[]any{d.batch.Int64}, &p.ContentType, &p.Encoding, &p.Data)
+	if err != nil {
+		return nil, err
+	}
+	req, err := p.request()
+	if err != nil {
+		return nil, err
+	}
+	i := int(d.idx.Int64)
+	if i >= len(req.Changes) {
+		return nil, fmt.Errorf("the request in the outbox has no record %d: the file is damaged", i)
+	}
+	f := frozen{Change: req.Changes[i], columns: columnsOf(req, tab.Wire)}
+	return f.image(f.New), nil
+}
+
+// setOf names a set that the table is, or was, in.
+func (t *txn) setOf(tab *table) (name string, err error) {
+	err = t.get(`SELECT coalesce(min(set_name), '') FROM _ws_set_table WHERE wire = ?`, []any{tab.Wire}, &name)
+	return name, err
+}
+
+// shrink takes away columns that no set carries any more: what leaves the subset leaves the device.
 func (t *txn) shrink() error {
 	c, err := t.load()
 	if err != nil {
@@ -222,6 +325,9 @@ func (t *txn) shrink() error {
 		}
 		if members == 0 || len(drop) == 0 {
 			continue
+		}
+		if err := t.keepLost(tab, drop); err != nil {
+			return err
 		}
 		if err := t.uninstall(tab); err != nil {
 			return err

@@ -380,35 +380,53 @@ func unsendable(m *member, ch *protocol.Change, lim protocol.Limits) (protocol.C
 // rejectHere refuses an edit on the device itself: it is logged like any other rejection, and the row goes back to
 // what the server has. unit is a number of its unit in the file, or 0. Capture must be off.
 func (t *txn) rejectHere(setName string, tab *table, d *dirty, live []any, unit int64, code protocol.Code, detail string) error {
-	var n int64
-	if err := t.get(`UPDATE _ws_state SET local_rejects = local_rejects + 1 RETURNING local_rejects`, nil, &n); err != nil {
+	if err := t.breakUnit(tab, d, failing(&protocol.Change{Table: tab.Wire, Key: tab.toWire(tab.key, d.key)}, code, detail)); err != nil {
 		return err
 	}
-	var inc string
-	if err := t.get(`SELECT incarnation FROM _ws_state`, nil, &inc); err != nil {
-		return err
-	}
-	op := operation(d, live)
-	r := rejection{
-		incarnation: inc, n: 0, idx: n, unit: unit, set: setName, tab: tab, op: op, key: tab.toWire(tab.key, d.key),
-		base: tab.image(d.baseRow), sent: tab.image(live), state: protocol.Rejected, code: code, detail: detail,
-	}
-	if err := t.breakUnit(tab, d, failing(&protocol.Change{Table: tab.Wire, Key: r.key}, code, detail)); err != nil {
-		return err
-	}
-	if err := t.receipt(inc, 0, n, protocol.Change{Table: tab.Wire, Op: op, Key: r.key, Unit: unit}, d.touched*1000); err != nil {
-		return err
-	}
-	if err := t.told(inc, 0, n, protocol.Verdict{State: protocol.Rejected, Code: code, Detail: detail}); err != nil {
+	r, err := t.logHere(setName, tab, d, live, unit, code, detail)
+	if err != nil {
 		return err
 	}
 	if err := t.restore(tab, d); err != nil {
 		return err
 	}
-	if err := t.reject(&r); err != nil {
+	if err := t.reject(r); err != nil {
 		return err
 	}
-	return t.setRight(&r, d.key)
+	return t.setRight(r, d.key)
+}
+
+// rejectPart logs that a part of an edit is refused on the device; the rest stays.
+func (t *txn) rejectPart(setName string, tab *table, d *dirty, live []any, unit int64, code protocol.Code, detail string) error {
+	r, err := t.logHere(setName, tab, d, live, unit, code, detail)
+	if err != nil {
+		return err
+	}
+	if err := t.reject(r); err != nil {
+		return err
+	}
+	return t.setRight(r, d.key)
+}
+
+// logHere gives a rejection by the device its number and its receipt.
+func (t *txn) logHere(setName string, tab *table, d *dirty, live []any, unit int64, code protocol.Code, detail string) (*rejection, error) {
+	var n int64
+	if err := t.get(`UPDATE _ws_state SET local_rejects = local_rejects + 1 RETURNING local_rejects`, nil, &n); err != nil {
+		return nil, err
+	}
+	var inc string
+	if err := t.get(`SELECT incarnation FROM _ws_state`, nil, &inc); err != nil {
+		return nil, err
+	}
+	op := operation(d, live)
+	r := &rejection{
+		incarnation: inc, n: 0, idx: n, unit: unit, set: setName, tab: tab, op: op, key: tab.toWire(tab.key, d.key),
+		base: tab.image(d.baseRow), sent: tab.image(live), state: protocol.Rejected, code: code, detail: detail,
+	}
+	if err := t.receipt(inc, 0, n, protocol.Change{Table: tab.Wire, Op: op, Key: r.key, Unit: unit}, d.touched*1000); err != nil {
+		return nil, err
+	}
+	return r, t.told(inc, 0, n, protocol.Verdict{State: protocol.Rejected, Code: code, Detail: detail})
 }
 
 // capture switches the triggers; inside one transaction only.

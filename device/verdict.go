@@ -225,10 +225,13 @@ func (f *frozen) image(vals []*string) image {
 	return m
 }
 
+// markOf is the mark in the shadow rows that a session of the outbox carries.
+const markOf = `CASE WHEN o.incarnation = s.incarnation THEN o.n ELSE -o.resend END`
+
 // carried finds the dirty row that a record carries; nil: the device has moved on.
 func (j *judge) carried(tab *table, v protocol.Verdict) (*dirty, error) {
 	var mark int64
-	err := j.t.get(`SELECT CASE WHEN o.incarnation = s.incarnation THEN o.n ELSE -o.resend END FROM _ws_outbox o, _ws_state s WHERE o.incarnation = ? AND o.n = ?`,
+	err := j.t.get(`SELECT `+markOf+` FROM _ws_outbox o, _ws_state s WHERE o.incarnation = ? AND o.n = ?`,
 		[]any{v.Incarnation, v.N}, &mark)
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, nil

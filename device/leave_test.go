@@ -1,0 +1,142 @@
+package device
+
+import (
+	"cmp"
+	"context"
+	"slices"
+	"testing"
+
+	"github.com/waystage/waystage/protocol"
+)
+
+// redefine changes the definition of the first table of a set from now on.
+func (s *memServer) redefine(set string, change func(tab *protocol.Table)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.defs[set]
+	tab := old.Tables[0]
+	tab.Columns = slices.Clone(tab.Columns)
+	change(&tab)
+	s.defs[set] = &protocol.Definitions{Hash: old.Hash + "+", Tables: append([]protocol.Table{tab}, old.Tables[1:]...)}
+}
+
+// TestEditOfAColumnThatLeaves: what was written to a column after the request was frozen, and before the device heard that the column
+// leaves the subscription, is in the rejected log; what else was edited in the row goes up.
+func TestEditOfAColumnThatLeaves(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		before []string // sent
+		during []string // while the reply is on its way that takes val away
+		want   []string // what the log says was written to val
+		unsent int
+	}{
+		{name: "nothing was written to it", during: []string{`UPDATE item SET grp = 2 WHERE id = 1`}, unsent: 1},
+		{name: "an edit", during: []string{`UPDATE item SET val = 'late' WHERE id = 1`}, want: []string{"late"}},
+		{name: "an edit of another column, too", during: []string{`UPDATE item SET val = 'late', grp = 2 WHERE id = 1`}, want: []string{"late"}, unsent: 1},
+		{name: "a new row", during: []string{`INSERT INTO item (id, grp, val) VALUES (3, 1, 'fresh')`}, want: []string{"fresh"}, unsent: 1},
+		{name: "a row that is deleted", during: []string{`UPDATE item SET val = 'late' WHERE id = 1`, `DELETE FROM item WHERE id = 1`}, unsent: 1},
+		{name: "written and taken back", during: []string{`UPDATE item SET val = 'late' WHERE id = 1`, `UPDATE item SET val = 'one' WHERE id = 1`}},
+		{name: "sent, and written again", before: []string{`UPDATE item SET val = 'sent' WHERE id = 1`}, during: []string{`UPDATE item SET val = 'late' WHERE id = 1`}, want: []string{"late"}},
+		{name: "sent", before: []string{`UPDATE item SET val = 'sent' WHERE id = 1`}},
+		{name: "a transaction", during: []string{`BEGIN; INSERT INTO waystage_unit DEFAULT VALUES; UPDATE item SET val = 'late' WHERE id = 1; UPDATE item SET grp = 2 WHERE id = 2; DELETE FROM waystage_unit; COMMIT`}, want: []string{"2", "late"}, unsent: 1},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			ctx := context.Background()
+			srv := newServer(t)
+			srv.sets = []string{"items"}
+			srv.subset = map[string]bool{"1": true, "2": true}
+			srv.foreign(item(1, "1", "one"))
+			srv.foreign(item(2, "1", "two"))
+			var d *Device
+			var now func()
+			dial := func(context.Context, Login) (Transport, error) {
+				return &wire{s: srv, device: "a", fail: func(call string, after bool) error {
+					if call == "get" && after && now != nil {
+						edit := now
+						now = nil
+						edit()
+					}
+					return nil
+				}}, nil
+			}
+			d = srv.device(t, "a", Options{Dial: dial})
+			srv.mustSync(t, d)
+			for _, q := range tc.before {
+				mustExec(t, d, q)
+			}
+			srv.redefine("items", func(tab *protocol.Table) {
+				tab.Columns = slices.DeleteFunc(tab.Columns, func(c protocol.Column) bool { return c.Name == "val" })
+			})
+			now = func() {
+				for _, q := range tc.during {
+					mustExec(t, d, q)
+				}
+			}
+			if _, err := d.Sync(ctx, SyncOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			if now != nil {
+				t.Fatal("nothing was edited during the sync")
+			}
+			if st, err := d.Status(ctx); err != nil || st.Unsent != tc.unsent {
+				t.Errorf("%v: %d unsent edits, want %d", err, st.Unsent, tc.unsent)
+			}
+			srv.mustSync(t, d)
+			srv.settleAll()
+			srv.mustSync(t, d)
+			srv.mu.Lock()
+			for _, r := range srv.rows["public.item"] {
+				delete(r.img, "val") // of no interest to the device
+			}
+			srv.mu.Unlock()
+			srv.same(t, d)
+			if p, err := d.Pending(ctx); err != nil || len(p) != 0 {
+				t.Errorf("%v: still to be sent: %+v", err, p)
+			}
+			rejects, err := d.Rejects(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got []string
+			for _, r := range rejects {
+				if r.Code != protocol.CodeSchema && r.Code != protocol.CodeTransaction {
+					t.Errorf("%+v: want the code %s", r, protocol.CodeSchema)
+				}
+				got = append(got, *cmp.Or(r.Sent["val"], r.Sent["grp"]))
+			}
+			slices.Sort(got)
+			if !slices.Equal(got, tc.want) {
+				t.Errorf("the rejected log has %q, want %q", got, tc.want)
+			}
+		})
+	}
+}
+
+// TestKeyOfAnotherType: a key column whose values SQLite keeps in another way makes the table anew; unsent edits are in the log.
+func TestKeyOfAnotherType(t *testing.T) {
+	ctx := context.Background()
+	srv := newServer(t)
+	srv.foreign(item(1, "1", "one"))
+	srv.foreign(item(2, "1", "two"))
+	d := srv.device(t, "a", Options{})
+	srv.mustSync(t, d)
+	mustExec(t, d, `UPDATE item SET val = 'edited' WHERE id = 2`)
+	srv.redefine("items", func(tab *protocol.Table) { tab.Columns[0].Type = "text" })
+	srv.mustSync(t, d)
+	srv.settleAll()
+	srv.mustSync(t, d)
+	if got := one[string](t, d, `SELECT typeof(id) FROM item WHERE val = 'one'`); got != "text" {
+		t.Errorf("the key is kept as %s", got)
+	}
+	if got := one[string](t, d, `SELECT val FROM item WHERE id = '2'`); got != "edited" {
+		rejects, err := d.Rejects(ctx)
+		if err != nil || len(rejects) != 1 || *rejects[0].Sent["val"] != "edited" {
+			t.Errorf("%v: the row has %q, and the log %+v", err, got, rejects)
+		}
+	}
+	mustExec(t, d, `UPDATE item SET val = 'again' WHERE id = '2'`)
+	if rep := srv.mustSync(t, d); rep.Merged != 1 {
+		t.Errorf("%+v", rep)
+	}
+	srv.same(t, d)
+}
