@@ -280,13 +280,14 @@ func (p *Pool) member(m *member) {
 			continue
 		}
 		n, err := p.batch(m, w, take)
+		stopped := take.Err() != nil // the mode has changed, or the worker is to leave
 		p.end(m, n, err)
 		switch {
 		case err != nil:
 			w = p.make()
 			pause(m.leave, backoff/2+rand.N(backoff), m.changed)
 			backoff = min(2*backoff, p.cfg.MaxBack)
-		case n == 0 && p.cfg.Poll > 0 && take.Err() == nil:
+		case n == 0 && p.cfg.Poll > 0 && !stopped:
 			backoff = p.cfg.Backoff
 			p.rest(m)
 		default:

@@ -80,7 +80,8 @@ func eventually(t *testing.T, what string, ok func() bool) {
 func startPool(t *testing.T, r *rig, cfg PoolConfig, make func() Worker) (p *Pool, stop func(then ...func())) {
 	t.Helper()
 	def(&cfg.Stage, "test")
-	cfg.Backoff, cfg.Poll, cfg.Follow = time.Millisecond, 5*time.Millisecond, 20*time.Millisecond
+	def(&cfg.Poll, 5*time.Millisecond)
+	cfg.Backoff, cfg.Follow = time.Millisecond, 20*time.Millisecond
 	p = NewPool(cfg, r.db, make, nil)
 	ctx, cancel := context.WithCancel(r.ctx)
 	ended := newSignal()
@@ -263,4 +264,30 @@ func testPoolShutdown(t *testing.T, r *rig) {
 	p.Wake()
 	eventually(t, "pause", func() bool { return p.count(StatePaused) == 1 })
 	stop()
+}
+
+// looks counts how often a worker looked for work, and finds none.
+type looks struct{ n atomic.Int64 }
+
+func (l *looks) Batch(context.Context, context.Context, func(string)) (int, error) {
+	l.n.Add(1)
+	return 0, nil
+}
+
+// An idle worker looks once and then waits for a kick or its time: it does not burn the machine.
+func testPoolRests(t *testing.T, r *rig) {
+	l := &looks{}
+	p, stop := startPool(t, r, PoolConfig{Stage: "resting", Poll: time.Hour}, func() Worker { return l })
+	const kicks = 50
+	for i := int64(1); i <= kicks; i++ {
+		eventually(t, "a look", func() bool { return l.n.Load() >= i })
+		if n := l.n.Load(); n != i {
+			t.Fatalf("%d looks after %d kicks", n, i-1)
+		}
+		p.Kick()
+	}
+	stop()
+	if n := l.n.Load(); n > kicks+1 {
+		t.Fatalf("%d looks after %d kicks", n, kicks)
+	}
 }

@@ -125,6 +125,7 @@ func TestStages(t *testing.T) {
 		"pool is worked": testPoolIsWorked,
 		"pool survives":  testPoolSurvives,
 		"pool shutdown":  testPoolShutdown,
+		"pool rests":     testPoolRests,
 		// crash_test.go, property_test.go
 		"crash":                   testCrash,
 		"merge is conflict.Merge": testMergeIsConflictMerge,
