@@ -21,7 +21,7 @@ func newDevice(a *app) *cobra.Command {
 	c.PersistentFlags().StringVarP(&path, "file", "f", "", "the device's SQLite file")
 	_ = c.MarkPersistentFlagFilename("file", "db", "sqlite")
 	c.AddCommand(newEnrol(a, &path), newSync(a, &path), newDeviceStatus(a, &path), newDeviceLog(a, &path), newDeviceSyncs(a, &path),
-		newDeviceRejects(a, &path), newPending(a, &path), newKeep(a, &path), newRepair(a, &path), newDeviceVerify(a, &path), newDeviceFiles(a, &path), newRotate(a, &path))
+		newDeviceRejects(a, &path), newPending(a, &path), newKeep(a, &path), newDeviceBuiltFor(a, &path), newRepair(a, &path), newDeviceVerify(a, &path), newDeviceFiles(a, &path), newRotate(a, &path))
 	return c
 }
 

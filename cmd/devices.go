@@ -111,6 +111,7 @@ func newDevicesLs(a *app) *cobra.Command {
 	flags.StringVar(&filter.User, "user", "", "only this user's")
 	flags.StringVar(&filter.Group, "group", "", "only those of the members of this group")
 	flags.StringVar(&filter.App, "app", "", "only those with this version of the application")
+	flags.StringVar(&filter.BuiltFor, "built-for", "", "only those whose application was built for this: its name, or 8 digits or more of its hash")
 	flags.BoolVar(&filter.Blocked, "blocked", false, "only those that are kept out, themselves or with their user")
 	flags.BoolVar(&filter.NotEnrolled, "not-enrolled", false, "only those without a key")
 	flags.BoolVar(&filter.Forked, "forked", false, "only those whose file turned out to be restored or copied")
@@ -118,6 +119,7 @@ func newDevicesLs(a *app) *cobra.Command {
 	_ = c.RegisterFlagCompletionFunc("user", a.completeFrom(`SELECT name FROM waystage.app_user WHERE name <> '`+protocol.OperatorUser+`' ORDER BY name`))
 	_ = c.RegisterFlagCompletionFunc("group", a.completeGroup)
 	_ = c.RegisterFlagCompletionFunc("app", a.completeFrom(`SELECT DISTINCT app FROM waystage.device WHERE app <> '' AND removed_at IS NULL ORDER BY app`))
+	_ = c.RegisterFlagCompletionFunc("built-for", a.completeFrom(`SELECT DISTINCT built->>'name' FROM waystage.built WHERE built->>'name' <> '' ORDER BY 1`))
 	_ = c.RegisterFlagCompletionFunc("stale", cobra.FixedCompletions([]string{"12h", "1d", "7d", "30d"}, cobra.ShellCompDirectiveNoFileComp))
 	return c
 }
@@ -173,6 +175,14 @@ func newDevicesShow(a *app) *cobra.Command {
 	return c
 }
 
+// builtFor names what an application was built for.
+func builtFor(b *registry.BuiltFor) string {
+	if b == nil {
+		return "everything: the application does not say"
+	}
+	return strings.TrimSpace(fmt.Sprintf("%s (%.8s)", b.Name, b.Hash))
+}
+
 // at prints a point in time for a person who may want to find it in a log.
 func at(t *time.Time) string {
 	if t == nil || t.IsZero() {
@@ -191,6 +201,7 @@ func (a *app) printDevice(d registry.DeviceDetail) error {
 	line("groups", strings.Join(d.Groups, ", "))
 	line("app", d.App)
 	line("library", d.Library)
+	line("built for", builtFor(d.Built))
 	key := "none: it must enrol"
 	if d.Fingerprint != "" {
 		key = d.Fingerprint + " since " + at(d.KeyAt)

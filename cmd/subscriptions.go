@@ -20,7 +20,7 @@ func newSubscriptions(a *app) *cobra.Command {
 	c := &cobra.Command{Use: "subscriptions", Short: "The definitions: which part of which table who gets and may change",
 		Long: `The definitions say which part of which table who gets and may change: subscriptions, sets and groups, in a YAML file. The mirror keeps every version that was
 ever in force. The file of the configuration counts at the first start; afterwards the newest version in the mirror is in force, whatever the file says.`}
-	c.AddCommand(newSubscriptionsValidate(a), newSubscriptionsPlan(a), newSubscriptionsLs(a), newSubscriptionsShow(a), newSubscriptionsExport(a), newSubscriptionsSchema(a),
+	c.AddCommand(newSubscriptionsValidate(a), newSubscriptionsPlan(a), newSubscriptionsLs(a), newSubscriptionsShow(a), newSubscriptionsExport(a), newSubscriptionsBuiltFor(a), newSubscriptionsSchema(a),
 		newSubscriptionsApply(a), newSubscriptionsRollback(a))
 	return c
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -138,6 +139,16 @@ func (a *app) printPlan(w io.Writer, p *schema.Plan) error {
 					}
 					return orDash(clean(strings.Join(out, " ")))
 				}},
+			})
+		})
+	}
+	if err == nil && slices.ContainsFunc(p.Built, func(b schema.PlanBuilt) bool { return b.Hash != "" || b.Concern > 0 }) {
+		err = part(func() error {
+			return printRows(w, "table", p.Built, []column[schema.PlanBuilt]{
+				{"built for", func(b schema.PlanBuilt) string { return clean(b.String()) }},
+				{"devices", func(b schema.PlanBuilt) string { return strconv.Itoa(b.Devices) }},
+				{"that lose", func(b schema.PlanBuilt) string { return strconv.Itoa(b.Concern) }},
+				{"what they know", func(b schema.PlanBuilt) string { return orDash(clean(strings.Join(b.Lost, " "))) }},
 			})
 		})
 	}

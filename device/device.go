@@ -22,6 +22,11 @@ type Options struct {
 	Files string // folder for the contents of files; empty: beside the SQLite file, with -files after its name; with DB: none
 	App   string // application version, told to the server for the operator's eyes
 
+	// What the application was built for, as 'waystage subscriptions built-for' wrote it ([protocol.ParseBuilt]): with its next sync the
+	// file gets these tables and columns and no others, whatever is added to the subscriptions, until an application opens it that
+	// names more. Nil: as the file was opened last; without tables: everything.
+	Built *protocol.Built
+
 	Dial        Dialer // nil: DialNATS
 	ContentType string // protocol.ContentCBOR (default) or protocol.ContentJSON
 	Encoding    string // of larger requests: protocol.Zstd (default) or protocol.Gzip; "none" for neither

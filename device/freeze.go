@@ -56,7 +56,7 @@ type carried struct {
 func (d *Device) freeze(t *txn, c *catalogue, st state, s *set, wait string) (sess *session, more bool, err error) {
 	req := protocol.Request{
 		V: protocol.Version, Incarnation: st.Incarnation, N: st.N + 1, Nonce: randomHex(8), Set: s.Name,
-		Cursor: s.Cursor, Schema: s.Hash, Epoch: st.Epoch, Wait: wait, App: d.opts.App, Library: Library,
+		Cursor: s.Cursor, Schema: s.Hash, Epoch: st.Epoch, Wait: wait, App: d.opts.App, Library: Library, Built: st.Built,
 	}
 	if err := t.capture(false); err != nil {
 		return nil, false, err

@@ -5,9 +5,12 @@ import (
 	"crypto/rand"
 	"database/sql"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
+
+	"github.com/waystage/waystage/protocol"
 )
 
 // format is the version of the layout of our own tables in the file.
@@ -56,7 +59,8 @@ CREATE TABLE IF NOT EXISTS _ws_state (
   next_seed BLOB,
   key_at INTEGER NOT NULL DEFAULT 0,
   key_life INTEGER NOT NULL DEFAULT 0,
-  new_key INTEGER NOT NULL DEFAULT 0
+  new_key INTEGER NOT NULL DEFAULT 0,
+  built TEXT NOT NULL DEFAULT ''
 );
 CREATE TABLE IF NOT EXISTS _ws_set (
   name TEXT PRIMARY KEY,
@@ -257,6 +261,7 @@ type state struct {
 	Running      bool
 	MostChanges  int
 	User, Device string
+	Built        *protocol.Built // what the application was built for; nil: everything
 	Servers      string
 	Seed         []byte
 	NextSeed     []byte // of the key that is to take its place
@@ -293,6 +298,9 @@ func (d *Device) prepare(ctx context.Context) error {
 		if f != format {
 			return fmt.Errorf("the file has format %d, this program knows format %d: use the program that wrote it, or newer", f, format)
 		}
+		if err := t.buildFor(d.opts.Built); err != nil {
+			return err
+		}
 		return selfTest(t)
 	})
 }
@@ -317,9 +325,13 @@ func (t *txn) enrolled() (state, error) {
 
 func (t *txn) state() (state, error) {
 	var s state
+	var built string
 	err := t.get(`SELECT incarnation, n, open_n, epoch, running, most_changes, user, device, servers, seed,
-		next_seed, key_at, key_life, new_key FROM _ws_state`, nil,
-		&s.Incarnation, &s.N, &s.Open, &s.Epoch, &s.Running, &s.MostChanges, &s.User, &s.Device, &s.Servers, &s.Seed, &s.NextSeed, &s.KeyAt, &s.KeyLife, &s.NewKey)
+		next_seed, key_at, key_life, new_key, built FROM _ws_state`, nil,
+		&s.Incarnation, &s.N, &s.Open, &s.Epoch, &s.Running, &s.MostChanges, &s.User, &s.Device, &s.Servers, &s.Seed, &s.NextSeed, &s.KeyAt, &s.KeyLife, &s.NewKey, &built)
+	if err == nil && built != "" {
+		err = json.Unmarshal([]byte(built), &s.Built)
+	}
 	return s, err
 }
 

@@ -165,25 +165,32 @@ func (r *Request) check(lim Limits) error {
 	if err := r.Verify.check(lim); err != nil {
 		return err
 	}
-	tables := make(map[string]bool, len(r.Columns))
-	for i, l := range r.Columns {
+	if err := checkLayouts("columns", r.Columns, lim); err != nil {
+		return err
+	}
+	return r.Built.check(lim)
+}
+
+func checkLayouts(field string, layouts []Layout, lim Limits) error {
+	tables := make(map[string]bool, len(layouts))
+	for i, l := range layouts {
 		if tables[l.Table] {
-			return refuse(CodeMalformed, "columns[%d]: table %s comes twice", i, excerpt(l.Table))
+			return refuse(CodeMalformed, "%s[%d]: table %s comes twice", field, i, excerpt(l.Table))
 		}
 		tables[l.Table] = true
 		if lim.Columns > 0 && len(l.Columns) > lim.Columns {
-			return refuse(CodeTooBig, "columns[%d]: %d columns, the limit is %d", i, len(l.Columns), lim.Columns)
+			return refuse(CodeTooBig, "%s[%d]: %d columns, the limit is %d", field, i, len(l.Columns), lim.Columns)
 		}
 		if lim.Name > 0 && len(l.Table) > lim.Name {
-			return refuse(CodeMalformed, "columns[%d]: a table name of %d bytes", i, len(l.Table))
+			return refuse(CodeMalformed, "%s[%d]: a table name of %d bytes", field, i, len(l.Table))
 		}
 		names := make(map[string]bool, len(l.Columns))
 		for _, c := range l.Columns {
 			if names[c] {
-				return refuse(CodeMalformed, "columns[%d]: column %s comes twice", i, excerpt(c))
+				return refuse(CodeMalformed, "%s[%d]: column %s comes twice", field, i, excerpt(c))
 			}
 			if lim.Name > 0 && len(c) > lim.Name {
-				return refuse(CodeMalformed, "columns[%d]: a column name of %d bytes", i, len(c))
+				return refuse(CodeMalformed, "%s[%d]: a column name of %d bytes", field, i, len(c))
 			}
 			names[c] = true
 		}

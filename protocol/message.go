@@ -38,6 +38,8 @@ type Request struct {
 	Verify *Verification `cbor:"14,keyasint,omitempty" json:"verify,omitempty"` // nil: the device does not know verification
 	Files  *FilesRequest `cbor:"18,keyasint,omitempty" json:"files,omitempty"`  // nil: the device does not know files
 
+	Built *Built `cbor:"15,keyasint,omitempty" json:"built,omitempty"` // what the application was built for; nil: whatever the set has
+
 	Library string `cbor:"17,keyasint,omitempty" json:"library,omitempty"` // client library and version, for the operator's eyes; empty: one that does not know Page.NewKey
 }
 

@@ -48,6 +48,8 @@ func vectors(testing.TB) []vector {
 		{Table: "care.visit", Op: Update, Key: []Value{val("2")}, Version: "711", Base: []Value{val("2"), val("17"), nil, nil, nil, val("f")}, New: []Value{val("2"), val("17"), val("späť"), nil, nil, val("t")}},
 		{Table: "care.visit", Op: Delete, Key: []Value{val("3")}, Version: "698", Base: []Value{val("3"), val("17"), val(""), nil, nil, val("t")}},
 	}
+	built := req(2)
+	built.Built = &Built{Name: "version 3", Tables: []Layout{{Table: "care.patient"}, {Table: "care.visit", Columns: []string{"id", "patient_id", "note"}}}}
 	units := req(3)
 	units.Columns = []Layout{{Table: "care.visit", Columns: []string{"id", "note"}}}
 	units.Changes = []Change{
@@ -131,6 +133,7 @@ func vectors(testing.TB) []vector {
 	return []vector{
 		{"request-first", &first},
 		{"request-changes", &edits},
+		{"request-built", &built},
 		{"request-units", &units},
 		{"request-old-epoch", &old},
 		{"page-schema", &schema},

@@ -21,6 +21,7 @@ type Plan struct {
 	Tables  []PlanTable   `json:"tables"`  // that would be copied, or kept for nobody
 	Rows    []PlanRows    `json:"rows"`    // that enter and leave devices
 	Refresh []PlanRefresh `json:"refresh"` // sets whose devices get all rows anew
+	Built   []PlanBuilt   `json:"built"`   // devices by what their applications were built for
 	Uploads []PlanUpload  `json:"uploads"` // records on their way to the merge that would be rejected
 	Users   int           `json:"users"`   // for whom something changes
 	Devices int           `json:"devices"` // of theirs
@@ -100,11 +101,11 @@ func MakePlan(ctx context.Context, o PlanOptions) (*Plan, error) {
 		return nil, err
 	}
 	p := &planner{PlanOptions: o, old: old, stored: byFullName(stored), live: byFullName(o.Tables), deadline: time.Now().Add(o.Within),
-		out: &Plan{From: v.Number, Changes: difference(old, o.Definitions), Tables: []PlanTable{}, Rows: []PlanRows{}, Refresh: []PlanRefresh{}, Uploads: []PlanUpload{}}}
+		out: &Plan{From: v.Number, Changes: difference(old, o.Definitions), Tables: []PlanTable{}, Rows: []PlanRows{}, Refresh: []PlanRefresh{}, Built: []PlanBuilt{}, Uploads: []PlanUpload{}}}
 	if p.out.Empty() {
 		return p.out, nil
 	}
-	for _, step := range []func(context.Context) error{p.tables, p.members, p.rows, p.uploads} {
+	for _, step := range []func(context.Context) error{p.tables, p.members, p.built, p.rows, p.uploads} {
 		if err := step(ctx); err != nil {
 			return nil, err
 		}
@@ -260,7 +261,7 @@ func (p *planner) members(ctx context.Context) error {
 		return out
 	}
 	moves := map[string]*move{}
-	refreshed := map[string]int{}
+	refreshed := map[string]bool{}
 	for _, u := range users {
 		before, after := placesOf(p.old, u.Groups), placesOf(p.Definitions, u.Groups)
 		touched := !slices.Equal(p.old.SetsFor(u.Groups), p.Definitions.SetsFor(u.Groups))
@@ -297,7 +298,7 @@ func (p *planner) members(ctx context.Context) error {
 		for _, set := range p.Definitions.SetsFor(u.Groups) {
 			was, is := p.old.Wire(set, p.tablesOf(p.stored)), p.Definitions.Wire(set, p.Tables)
 			if was != nil && is != nil && was.Hash != is.Hash && slices.Contains(p.old.SetsFor(u.Groups), set) {
-				refreshed[set] += u.Devices
+				refreshed[set] = true
 				touched = true
 			}
 		}
@@ -308,8 +309,8 @@ func (p *planner) members(ctx context.Context) error {
 		}
 	}
 	for _, s := range p.Definitions.Sets {
-		if n, ok := refreshed[s.Name]; ok {
-			p.out.Refresh = append(p.out.Refresh, PlanRefresh{Set: s.Name, Devices: n})
+		if refreshed[s.Name] {
+			p.out.Refresh = append(p.out.Refresh, PlanRefresh{Set: s.Name})
 		}
 	}
 	slices.SortStableFunc(p.moves, func(a, b *move) int { return strings.Compare(a.table, b.table) })
@@ -516,7 +517,7 @@ func (p *planner) bounded(ctx context.Context, fn func(pgx.Tx) error) error {
 func (p *planner) uploads(ctx context.Context) error {
 	rows, err := p.Mirror.Query(ctx, `SELECT e.set_name, s.tname, s.op, c.columns, count(*)
 		FROM waystage.staging s JOIN waystage.session e ON e.id = s.session_id,
-			LATERAL (SELECT ARRAY(SELECT jsonb_object_keys(coalesce(s.base, '{}') || coalesce(s.img, '{}')) ORDER BY 1) AS columns) c
+			LATERAL (SELECT `+WrittenColumns+` AS columns) c
 		WHERE s.bad_code IS NULL AND e.user_name <> $1 GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3`, protocol.OperatorUser)
 	if err != nil {
 		return fmt.Errorf("look at staged records: %w", err)
@@ -542,7 +543,10 @@ func (p *planner) uploads(ctx context.Context) error {
 	return nil
 }
 
-// Refuses tells why devices may not upload an operation on these columns of the subscription's table; an empty code: they may.
+// WrittenColumns is an SQL expression for the columns that a staged record s writes. An insert that leaves a column null does not.
+const WrittenColumns = `ARRAY(SELECT w.key FROM jsonb_each_text(coalesce(s.img, '{}')) w WHERE s.op <> 'I' OR w.value IS NOT NULL ORDER BY 1)`
+
+// Refuses tells why devices may not upload an operation that writes these columns of the subscription's table; an empty code: they may.
 func (s *Subscription) Refuses(t *Table, op string, columns []string) (code protocol.Code, why string) {
 	if !s.Allows(op) {
 		return protocol.CodeOperation, fmt.Sprintf("the subscription of %s does not allow devices the operation %s (allowed: %q)", s.Table, op, s.Allow)

@@ -18,6 +18,12 @@ import (
 // Wire describes a set's tables and files to a device, in the set's order. The hash changes exactly when the description does.
 // It is nil when there is no such set.
 func (d *Definitions) Wire(set string, tables []*Table) *protocol.Definitions {
+	return d.WireFor(set, tables, nil)
+}
+
+// WireFor is Wire for an application that was built for some tables and columns: what it does not name is left out (see
+// [Subscription.BuiltFor]).
+func (d *Definitions) WireFor(set string, tables []*Table, built *protocol.Built) *protocol.Definitions {
 	subs, files := d.SubscriptionsOf(set), d.wireFiles(set)
 	if len(subs)+len(files) == 0 {
 		return nil
@@ -28,17 +34,22 @@ func (d *Definitions) Wire(set string, tables []*Table) *protocol.Definitions {
 	}
 	for _, s := range subs {
 		if t := byName[s.Table]; t != nil {
-			inSet[s.Table] = s.ColumnsOf(t)
+			if cols, ok := s.BuiltFor(t, built); ok {
+				inSet[s.Table] = cols
+			}
 		}
 	}
 	out := &protocol.Definitions{}
 	for _, s := range subs {
 		t := byName[s.Table]
-		if t == nil {
+		cols, ok := inSet[s.Table]
+		if !ok {
 			continue
 		}
-		cols := inSet[s.Table]
 		pt := protocol.Table{Name: s.Table, Key: t.Key, SubsetKey: s.Key, Operations: s.Allow, FileColumn: s.FileColumn, FileBefore: s.File == FileBefore}
+		if !covers(cols, []string{s.FileColumn}) {
+			pt.FileColumn, pt.FileBefore = "", false
+		}
 		for _, c := range cols {
 			pt.Columns = append(pt.Columns, protocol.Column{Name: c.Name, Type: c.Type, NotNull: c.NotNull, Default: c.Default})
 		}

@@ -37,6 +37,7 @@ type incoming struct {
 	resetAt   time.Time // incarnations from before do not go on
 	reset     bool      // it was refused for that
 	newKey    bool      // the reply asks for another key
+	built     string    // hash of what the application was built for: as the device has said before, then as it says
 	records   []record
 	sessionID int64
 	replied   bool // a redelivered one: the session has been replied to, in so many pages

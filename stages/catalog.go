@@ -14,8 +14,10 @@ type Catalog struct {
 	epoch  string // of the mirror
 	layout int64  // number of the mirror's layout that it is of
 	defs   *schema.Definitions
+	synced []*schema.Table
 	tables map[int]*tableSQL
 	sets   map[string]*set
+	views  views
 }
 
 // set is a subscription set.
@@ -41,35 +43,42 @@ type subscription struct {
 // NewCatalog makes the catalog of a mirror with this epoch and layout ([schema.Layout]), from checked definitions and the
 // tables that they were checked against.
 func NewCatalog(epoch string, layout int64, defs *schema.Definitions, tables []*schema.Table) *Catalog {
-	c := &Catalog{epoch: epoch, layout: layout, defs: defs, tables: make(map[int]*tableSQL, len(tables)), sets: make(map[string]*set, len(defs.Sets))}
-	byName := make(map[string]*schema.Table, len(tables))
+	c := &Catalog{epoch: epoch, layout: layout, defs: defs, synced: tables, tables: make(map[int]*tableSQL, len(tables)), sets: make(map[string]*set, len(defs.Sets))}
 	for _, t := range tables {
 		key, _ := defs.SubsetKey(t.FullName())
 		c.tables[t.ID] = newTableSQL(t, key)
-		byName[t.FullName()] = t
 	}
 	for _, d := range defs.Sets {
-		s := &set{name: d.Name, byID: map[string]*subscription{}, wire: defs.Wire(d.Name, tables)}
-		for _, sub := range defs.SubscriptionsOf(d.Name) {
-			t := byName[sub.Table]
-			if t == nil {
-				continue
-			}
-			one := &subscription{Subscription: sub, set: d.Name, table: t}
-			for _, col := range sub.ColumnsOf(t) {
-				one.columns = append(one.columns, col.Name)
-			}
-			one.reply = newReplySQL(one)
-			s.subs = append(s.subs, one)
-			s.byID[sub.Table] = one
-		}
-		for _, f := range defs.FilesOf(d.Name) {
-			s.files = append(s.files, newFileSub(f))
-		}
-		s.plain = withoutFiles(s.wire)
-		c.sets[d.Name] = s
+		c.sets[d.Name] = c.newSet(d.Name, nil)
 	}
 	return c
+}
+
+// newSet makes a set, or what an application sees of it that was built for this.
+func (c *Catalog) newSet(name string, built *protocol.Built) *set {
+	s := &set{name: name, byID: map[string]*subscription{}, wire: c.defs.WireFor(name, c.synced, built)}
+	for _, sub := range c.defs.SubscriptionsOf(name) {
+		i := slices.IndexFunc(c.synced, func(t *schema.Table) bool { return t.FullName() == sub.Table })
+		if i < 0 {
+			continue
+		}
+		cols, ok := sub.BuiltFor(c.synced[i], built)
+		if !ok {
+			continue
+		}
+		one := &subscription{Subscription: sub, set: name, table: c.synced[i]}
+		for _, col := range cols {
+			one.columns = append(one.columns, col.Name)
+		}
+		one.reply = newReplySQL(one)
+		s.subs = append(s.subs, one)
+		s.byID[sub.Table] = one
+	}
+	for _, f := range c.defs.FilesOf(name) {
+		s.files = append(s.files, newFileSub(f))
+	}
+	s.plain = withoutFiles(s.wire)
+	return s
 }
 
 // subscription finds a table of a set; nil when there is none.

@@ -80,15 +80,20 @@ type explainer struct {
 	where      string // m is the row of the key: its values are the parameters
 	args       []any
 	deviceID   int64
+	built      string          // hash of what the device's application was built for
+	builtOf    *protocol.Built // nil: everything
 	groups     []string
 	attributes string
 	barred     string // why the device cannot sync; empty: it can
 
 	sub    *subscription // by which the user has the table; nil: by none
 	shape  *subscription // sub, or by which the device still has it
+	view   *set          // the set as the device's application sees it
 	exists bool
 	value  *string // of the subset key column, canonical
 	keyNow bool    // it is among the user's keys
+
+	unbuilt bool // the application was not built for the table
 
 	cur struct { // what the device was last sent
 		known   bool   // there is a cursor for the set
@@ -209,8 +214,9 @@ func (e *explainer) findDevice() error {
 		return fmt.Errorf("read the user: %w", err)
 	}
 	var barred, enrolled bool
-	err = e.tx.QueryRow(e.ctx, `SELECT id, blocked, public_key IS NOT NULL FROM waystage.device WHERE user_name = $1 AND name = $2`, e.User, e.Device).
-		Scan(&e.deviceID, &barred, &enrolled)
+	err = e.tx.QueryRow(e.ctx, `SELECT d.id, d.blocked, d.public_key IS NOT NULL, coalesce(b.hash, ''), b.built
+		FROM waystage.device d LEFT JOIN waystage.built b ON b.hash = d.built WHERE d.user_name = $1 AND d.name = $2`, e.User, e.Device).
+		Scan(&e.deviceID, &barred, &enrolled, &e.built, &e.builtOf)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return &ExplainError{"unknown_device", fmt.Sprintf("user %s has no device %s", e.User, quoted(e.Device))}
 	}
@@ -272,9 +278,16 @@ func (e *explainer) findSubscription() error {
 		}
 		return nil
 	}
+	e.view = e.cat.view(e.Set, e.built, e.builtOf)
 	s := e.sub
+	if s = e.view.byID[e.Table]; s == nil {
+		s, e.unbuilt = e.sub, true
+	}
 	e.part("subscription", true, "user %s is in %s: set %s, subscription %s", e.User, groups, e.Set, s.Name)
 	e.part("direction", s.Downloads(), "%s, uploads allowed: %s", s.Direction, orNone(s.Allow))
+	if e.builtOf != nil {
+		e.part("application", !e.unbuilt, "the device's application was built for %s, which %s the table", builtName(e.built, e.builtOf), map[bool]string{true: "does not have", false: "has"}[e.unbuilt])
+	}
 	var out []string
 	for _, c := range e.table.Columns {
 		if !slices.Contains(s.columns, c.Name) {
@@ -422,7 +435,7 @@ func (e *explainer) findCursor() error {
 		e.cur.anew = "the mirror was built anew since"
 	case refresh < order:
 		e.cur.anew = fmt.Sprintf("an operator has ordered it (order %d, see 'waystage devices refreshes')", order)
-	case e.sub != nil && e.cat.sets[e.Set].wire != nil && k.Schema != e.cat.sets[e.Set].wire.Hash:
+	case e.sub != nil && e.view.wire != nil && k.Schema != e.view.wire.Hash && k.Schema != e.view.plain.Hash:
 		e.cur.anew = "the definitions of the set have changed since"
 	}
 	e.cur.known = true
@@ -455,6 +468,9 @@ func (e *explainer) findCursor() error {
 	if err != nil {
 		return fmt.Errorf("read tombstones: %w", err)
 	}
+	if e.unbuilt && e.cur.anew == "" { // that reply was composed without the table
+		e.cur.had, e.cur.left = false, false
+	}
 	which := "session " + e.cur.token
 	if e.cur.token == "" {
 		which = "a session of long ago"
@@ -464,7 +480,7 @@ func (e *explainer) findCursor() error {
 		confirmed = "of which the device has not said that it applied it"
 	}
 	e.note("cursor", "the last reply was that to %s, %s", which, confirmed)
-	if e.shape != nil && e.shape.Key != "" && e.exists && e.value != nil {
+	if e.shape != nil && e.shape.Key != "" && e.exists && e.value != nil && !e.unbuilt {
 		e.part("key then", e.cur.had, "%s was %samong the user's keys in that reply", quoted(*e.value), map[bool]string{true: "", false: "not "}[e.cur.had])
 	}
 	if e.exists {
@@ -508,7 +524,7 @@ func (e *explainer) findSyncs() error {
 // conclude puts it in one sentence.
 func (e *explainer) conclude() {
 	// on: the device has an image of the row, maybe an older one.
-	inside := e.sub != nil && e.sub.Downloads() && e.exists && e.keyNow
+	inside := e.sub != nil && e.sub.Downloads() && !e.unbuilt && e.exists && e.keyNow
 	on := e.cur.known && (e.exists && e.cur.had || e.cur.left) && (e.shape == nil || e.shape.Downloads())
 	say := func(o Outcome, format string, args ...any) {
 		e.Outcome, e.Summary = o, fmt.Sprintf(format, args...)
@@ -546,6 +562,8 @@ func (e *explainer) why() string {
 	switch {
 	case e.sub == nil:
 		return "no set of the user has table " + e.Table
+	case e.unbuilt:
+		return "the device's application was not built for table " + e.Table
 	case !e.sub.Downloads():
 		return "the subscription is upload-only"
 	case !e.exists:

@@ -47,7 +47,8 @@ func TestNewDefinitionsCountAtOnce(t *testing.T) {
 	}
 
 	// Staged under the first version, merged under the second.
-	amina.send(amina.request("care", amina.edit("care", "public.patient", "1", "name", "new"), change("public.visit", "", nil, row("id", "v1", "patient", "2", "at", nil, "note", "x"))))
+	amina.send(amina.request("care", amina.edit("care", "public.patient", "1", "weight", "80"), change("public.visit", "", nil, row("id", "v1", "patient", "2", "at", nil, "note", "x")),
+		amina.edit("care", "public.patient", "2", "name", "new")))
 	if _, err := r.intake.Batch(r.ctx, r.ctx, noop); err != nil {
 		t.Fatal(err)
 	}
@@ -68,11 +69,15 @@ func TestNewDefinitionsCountAtOnce(t *testing.T) {
 		}
 	}
 	if v := verdicts[0]; v.State != protocol.Rejected || v.Code != protocol.CodeUnknownColumn {
-		t.Errorf("an edit of columns that are gone: %+v", v)
+		t.Errorf("an edit of a column that is gone: %+v", v)
 	}
-	if v := verdicts[1]; v.State != protocol.Merged {
-		t.Errorf("the other record: %+v", v)
+	for i := 1; i <= 2; i++ {
+		if v := verdicts[i]; v.State != protocol.Merged {
+			t.Errorf("record %d, which does not touch such a column: %+v", i, v)
+		}
 	}
+	r.want("{active,id,mood,name,pic,tags} {name}", `SELECT ARRAY(SELECT jsonb_object_keys(base) ORDER BY 1)::text || ' ' || ARRAY(SELECT jsonb_object_keys(img))::text
+		FROM waystage.change WHERE tname = 'public.patient' AND state = 'merged'`)
 	if pages[0].Schema == nil || !pages[0].Refresh {
 		t.Error("the device is not told the table as it is now")
 	}

@@ -71,13 +71,14 @@ func (in *Intake) devices(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 		groups  []string
 		resetAt time.Time
 		newKey  bool
+		built   string
 	}
 	users, devices := make([]string, len(reqs)), make([]string, len(reqs))
 	for i, r := range reqs {
 		users[i], devices[i] = r.user, r.device
 	}
 	rows, err := tx.Query(ctx, `
-		SELECT d.id, d.user_name, d.name, d.blocked OR u.blocked, u.groups, coalesce(d.reset_at, 'epoch'), d.new_key_asked_at IS NOT NULL,
+		SELECT d.id, d.user_name, d.name, d.blocked OR u.blocked, u.groups, coalesce(d.reset_at, 'epoch'), d.new_key_asked_at IS NOT NULL, coalesce(d.built, ''),
 			(SELECT value::bigint FROM waystage.meta WHERE key = 'layout')
 		FROM waystage.device d JOIN waystage.app_user u ON u.name = d.user_name
 		WHERE (d.user_name, d.name) IN (SELECT * FROM unnest($1::text[], $2::text[])) AND d.removed_at IS NULL
@@ -89,7 +90,7 @@ func (in *Intake) devices(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 	var k known
 	var id identity
 	layout := cat.layout
-	_, err = pgx.ForEachRow(rows, []any{&k.id, &id.user, &id.device, &k.blocked, &k.groups, &k.resetAt, &k.newKey, &layout}, func() error {
+	_, err = pgx.ForEachRow(rows, []any{&k.id, &id.user, &id.device, &k.blocked, &k.groups, &k.resetAt, &k.newKey, &k.built, &layout}, func() error {
 		found[id] = k
 		k.groups = nil
 		return nil
@@ -102,7 +103,7 @@ func (in *Intake) devices(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 	}
 	for _, r := range reqs {
 		k, ok := found[identity{r.user, r.device}]
-		r.deviceID, r.resetAt, r.newKey = k.id, k.resetAt, k.newKey && r.req.Library != ""
+		r.deviceID, r.resetAt, r.built, r.newKey = k.id, k.resetAt, k.built, k.newKey && r.req.Library != ""
 		switch {
 		case !ok:
 			r.refuse(protocol.CodeBlocked, "device %s of user %s is not known any more; enrol it again", r.device, r.user)
@@ -212,6 +213,9 @@ func (in *Intake) ledgers(ctx context.Context, tx pgx.Tx, reqs []*incoming) erro
 
 // insert writes sessions, records and ledger: one set insert, one COPY, one set update each.
 func (in *Intake) insert(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*incoming) error {
+	if err := builtFor(ctx, tx, reqs); err != nil {
+		return err
+	}
 	if err := in.insertSessions(ctx, tx, cat, reqs); err != nil {
 		return err
 	}
@@ -237,7 +241,7 @@ func (in *Intake) insert(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*i
 	if err != nil {
 		return err
 	}
-	var ids, apps, libraries []string
+	var ids, apps, libraries, built []string
 	var ns, devices []int64
 	var hashes [][]byte
 	var oldest []*time.Time
@@ -246,7 +250,7 @@ func (in *Intake) insert(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*i
 		last[r.req.Incarnation] = i
 	}
 	for i, r := range reqs {
-		apps, libraries, devices = append(apps, clean(r.req.App)), append(libraries, clean(r.req.Library)), append(devices, r.deviceID)
+		apps, libraries, built, devices = append(apps, clean(r.req.App)), append(libraries, clean(r.req.Library)), append(built, r.built), append(devices, r.deviceID)
 		t, err := time.Parse(time.RFC3339, r.req.Oldest)
 		if err != nil {
 			oldest = append(oldest, nil)
@@ -261,9 +265,9 @@ func (in *Intake) insert(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*i
 	b := &pgx.Batch{}
 	b.Queue(`UPDATE waystage.incarnation i SET last_n = u.n, last_hash = u.hash
 		FROM unnest($1::text[], $2::bigint[], $3::bytea[]) AS u(id, n, hash) WHERE i.id = u.id`, ids, ns, hashes)
-	b.Queue(`UPDATE waystage.device d SET last_seen_at = now(), app = u.app, library = u.library, oldest_unsent_at = u.oldest
-		FROM (SELECT DISTINCT ON (id) * FROM unnest($1::bigint[], $2::text[], $3::text[], $4::timestamptz[]) WITH ORDINALITY AS v(id, app, library, oldest, ord) ORDER BY id, ord DESC) u
-		WHERE d.id = u.id`, devices, apps, libraries, oldest)
+	b.Queue(`UPDATE waystage.device d SET last_seen_at = now(), app = u.app, library = u.library, built = nullif(u.built, ''), oldest_unsent_at = u.oldest
+		FROM (SELECT DISTINCT ON (id) * FROM unnest($1::bigint[], $2::text[], $3::text[], $4::timestamptz[], $5::text[]) WITH ORDINALITY AS v(id, app, library, oldest, built, ord) ORDER BY id, ord DESC) u
+		WHERE d.id = u.id`, devices, apps, libraries, oldest, built)
 	// Whoever opens a session has applied the reply to the one before (rule D1).
 	b.Queue(`UPDATE waystage.session s SET state = 'closed', closed_at = clock_timestamp()
 		FROM unnest($1::text[], $2::bigint[]) AS u(id, n) WHERE s.incarnation = u.id AND s.n = u.n - 1 AND s.state = 'replied'`, ids, ns)

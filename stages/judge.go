@@ -106,7 +106,7 @@ func (j *judgement) change(c *protocol.Change, r *record) (protocol.Code, string
 		return protocol.CodeInvalidRecord, "an insert with a base image"
 	}
 	if len(c.New)+len(c.Base) > 0 {
-		if code, why := j.columns(t.FullName()); code != "" {
+		if code, why := j.columns(c, t.FullName()); code != "" {
 			return code, why
 		}
 	}
@@ -121,30 +121,44 @@ func (j *judgement) change(c *protocol.Change, r *record) (protocol.Code, string
 		return code, why
 	}
 	if len(c.Base) > 0 {
-		r.base = appendImage(nil, j.layout, c.Base, nil)
+		r.base = appendImage(nil, j.layout, c.Base, func(i int) bool { return j.known(j.layout[i]) })
 	}
 	switch c.Op {
 	case protocol.Insert:
 		r.img = j.insertImage(c)
 	case protocol.Update:
 		r.img = appendImage(nil, j.layout, c.New, func(i int) bool {
-			return !t.IsKey(j.layout[i]) && (len(c.Base) == 0 || !equal(c.Base[i], c.New[i]))
+			return !t.IsKey(j.layout[i]) && j.known(j.layout[i]) && (len(c.Base) == 0 || !equal(c.Base[i], c.New[i]))
 		})
 	}
 	return "", ""
 }
 
-// columns checks the layout of the images.
-func (j *judgement) columns(table string) (protocol.Code, string) {
+// columns checks the layout of the images. A column that has left the subscription, or the table, does no harm where the change
+// writes nothing to it.
+func (j *judgement) columns(c *protocol.Change, table string) (protocol.Code, string) {
 	if j.layout == nil {
 		return protocol.CodeInvalidRecord, fmt.Sprintf("the request does not name the columns of %s", table)
 	}
-	for _, name := range j.layout {
-		if !slices.Contains(j.sub.columns, name) {
+	for i, name := range j.layout {
+		if !j.known(name) && j.writes(c, i) {
 			return protocol.CodeUnknownColumn, fmt.Sprintf("column %s of %s is not in the device's subscription set", quoted(name), table)
 		}
 	}
 	return "", ""
+}
+
+func (j *judgement) known(column string) bool { return slices.Contains(j.sub.columns, column) }
+
+// writes tells whether a change writes the layout's i-th column.
+func (j *judgement) writes(c *protocol.Change, i int) bool {
+	switch {
+	case c.Op == protocol.Delete, i >= len(c.New): // of another length: said later
+		return false
+	case c.Op == protocol.Update && i < len(c.Base):
+		return !equal(c.Base[i], c.New[i])
+	}
+	return c.New[i] != nil
 }
 
 // image checks one image; unlike is the code for key columns that differ from the key.
@@ -196,7 +210,7 @@ func (j *judgement) insertImage(c *protocol.Change) []byte {
 			cols, vals = append(slices.Clip(cols), name), append(slices.Clip(vals), c.Key[k])
 		}
 	}
-	return appendImage(nil, cols, vals, nil)
+	return appendImage(nil, cols, vals, func(i int) bool { return j.known(cols[i]) })
 }
 
 func equal(a, b protocol.Value) bool {

@@ -53,6 +53,8 @@ func TestKeySets(t *testing.T) {
 		"horizon":                 testHorizon,
 		"forced refresh":          testForcedRefresh,
 		"explain":                 testExplain,
+		"built for":               testBuiltFor,
+		"built for, once":         testBuiltOnce,
 		"random movement of keys": testRandomKeys,
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -66,7 +68,7 @@ func TestKeySets(t *testing.T) {
 
 // empty makes everything as new.
 func (r *rig) empty() {
-	for _, table := range []string{"public.share", "public.item", "public.lot", "waystage.staging", "waystage.change", "waystage.app_user", "waystage.tombstone", "waystage.keyset", "waystage.refresh"} {
+	for _, table := range []string{"public.share", "public.item", "public.lot", "waystage.staging", "waystage.change", "waystage.app_user", "waystage.tombstone", "waystage.keyset", "waystage.refresh", "waystage.built"} {
 		r.exec(`DELETE FROM ` + table) // quicker than TRUNCATE while there is little in them
 	}
 	r.exec(`DELETE FROM waystage.meta WHERE key = 'prune_bound'`)

@@ -276,6 +276,7 @@ func testHiddenColumnCannotBeWritten(t *testing.T, r *rig) {
 	amy, _, _ := shared(r)
 	req := amy.request("care", amy.edit("care", patients, "1", "name", "x"))
 	req.Columns[0].Columns = append(req.Columns[0].Columns[:7:7], "secret")
+	req.Changes[0].New[7] = str("mine")
 	amy.send(req)
 	r.pump()
 	amy.verdict(amy.receive(), "rejected unknown_column")

@@ -143,6 +143,9 @@ func (p *Pruner) Prune(ctx context.Context) (n Pruned, err error) {
 	if err != nil {
 		return n, err
 	}
+	if _, err = p.chunks(ctx, "what applications were built for", builtPrune); err != nil {
+		return n, err
+	}
 	// One that is stored again meanwhile has a new date, which this statement looks at before it removes it.
 	n.Keysets, err = p.chunks(ctx, "key sets", `
 		DELETE FROM waystage.keyset WHERE created_at < now() - interval '1 hour' AND id IN (

@@ -135,6 +135,10 @@ type session struct {
 	watching              bool                   // no reply is composed; whether the device knows files shows its cursor
 	newKey                bool                   // the operator wants the device to take another key
 
+	built   string          // hash of what the device's application was built for
+	builtOf *protocol.Built // nil: everything
+	view    *set            // what that leaves of the set; nil: there is no such set
+
 	from     *cursor // nil: everything
 	gone     bool    // its set is not the user's any more: verdicts are told, and all rows leave
 	refresh  int64   // the last order to send everything that the device and set are under
@@ -180,7 +184,7 @@ func (r *Reply) claim(ctx context.Context, conn *pgxpool.Conn, cat *Catalog) (lo
 	sessions, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (*session, error) {
 		s := &session{}
 		return s, row.Scan(&s.id, &s.deviceID, &s.user, &s.device, &s.groups, &s.attributes, &s.token, &s.incarnation, &s.n, &s.nonce, &s.set,
-			&s.cursorFrom, &s.schema, &s.contentType, &s.encoding, &s.records, &s.verify, &s.asked, &s.filesKnown, &s.newKey)
+			&s.cursorFrom, &s.schema, &s.contentType, &s.encoding, &s.records, &s.verify, &s.asked, &s.filesKnown, &s.newKey, &s.built, &s.builtOf)
 	})
 	return true, sessions, err
 }

@@ -122,15 +122,16 @@ func (b *replyBatch) admit(s *session) {
 		s.refusal = &protocol.Error{Code: protocol.CodeUnknownSet, Message: fmt.Sprintf("user %s has no subscription set %q", s.user, s.set)}
 		return
 	}
-	if wire := b.cat.sets[s.set].wireFor(s); wire != nil && wire.Hash != s.schema {
+	s.view = b.cat.view(s.set, s.built, s.builtOf)
+	if wire := s.view.wireFor(s); wire != nil && wire.Hash != s.schema {
 		s.pages.first.Schema = wire
 	}
 	if s.filesKnown != nil {
-		for _, f := range b.cat.sets[s.set].files {
+		for _, f := range s.view.files {
 			s.files = append(s.files, fileset{file: f})
 		}
 	}
-	for _, sub := range b.cat.sets[s.set].subs {
+	for _, sub := range s.view.subs {
 		if sub.Downloads() {
 			s.tables = append(s.tables, subset{sub: sub})
 		}
@@ -191,8 +192,8 @@ func (b *replyBatch) resume(cursors map[string]*cursor) error {
 }
 
 func (b *replyBatch) schemaHash(s *session) string {
-	if set := b.cat.sets[s.set]; set != nil && set.wire != nil {
-		return set.wireFor(s).Hash
+	if s.view != nil && s.view.wire != nil {
+		return s.view.wireFor(s).Hash
 	}
 	return ""
 }

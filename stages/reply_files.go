@@ -278,7 +278,7 @@ func (s *set) wireFor(x *session) *protocol.Definitions {
 
 // showFiles finds out, for a session that only looks, whether its device knows files.
 func (b *replyBatch) showFiles(s *session, c *cursor) {
-	if set := b.cat.sets[s.set]; set != nil && set.plain != set.wire && c.keysets.Schema == set.plain.Hash {
+	if set := s.view; set != nil && set.plain != set.wire && c.keysets.Schema == set.plain.Hash {
 		s.filesKnown, s.files = nil, nil
 	}
 }

@@ -118,8 +118,9 @@ SELECT s.id, s.device_id, s.user_name, s.device_name, u.groups, u.attributes::te
 	s.cursor_from, s.schema_hash, s.content_type, s.encoding, s.records, s.verify,
 	s.verify IS NOT NULL AND EXISTS (SELECT FROM waystage.device d LEFT JOIN waystage.device_check k ON k.device_id = d.id AND k.set_name = s.set_name
 		WHERE d.id = s.device_id AND d.verify_asked_at > coalesce(k.told_at, '-infinity')),
-	s.files, s.new_key
+	s.files, s.new_key, coalesce(b.hash, ''), b.built
 FROM waystage.session s JOIN waystage.app_user u ON u.name = s.user_name
+	JOIN waystage.device v ON v.id = s.device_id LEFT JOIN waystage.built b ON b.hash = v.built
 WHERE s.id = ANY ($1) AND s.state = 'merged' ORDER BY s.id`
 
 // layoutSQL reads which layout is in force.

@@ -306,6 +306,7 @@ type dev struct {
 	sets             map[string]*devSet
 	contentType, enc string
 	wait             string
+	built            *protocol.Built   // what its application was built for
 	last             *protocol.Request // the open or last request
 }
 
@@ -418,7 +419,7 @@ func (d *dev) remove(set, table, key string) protocol.Change {
 func (d *dev) request(set string, changes ...protocol.Change) *protocol.Request {
 	d.n++
 	req := &protocol.Request{
-		V: 1, Incarnation: d.inc, N: d.n, Nonce: randomID(), Set: set, Cursor: d.set(set).cursor, Epoch: d.epoch, Changes: changes, Wait: d.wait,
+		V: 1, Incarnation: d.inc, N: d.n, Nonce: randomID(), Set: set, Cursor: d.set(set).cursor, Epoch: d.epoch, Changes: changes, Wait: d.wait, Built: d.built,
 	}
 	if s := d.set(set).schema; s != nil {
 		req.Schema = s.Hash

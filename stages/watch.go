@@ -188,10 +188,11 @@ func (w *Watch) ask(ctx context.Context, conn *pgxpool.Conn, list []*waiter) err
 
 // watchersSQL reads what decides about the devices' sets: $1 users, $2 devices.
 const watchersSQL = `
-SELECT u.i, d.id, a.groups, a.attributes::text
+SELECT u.i, d.id, a.groups, a.attributes::text, coalesce(b.hash, ''), b.built
 FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS u(user_name, device, i)
 JOIN waystage.device d ON d.user_name = u.user_name AND d.name = u.device
-JOIN waystage.app_user a ON a.name = u.user_name`
+JOIN waystage.app_user a ON a.name = u.user_name
+LEFT JOIN waystage.built b ON b.hash = d.built`
 
 // news tells for which sets of each device a reply would carry something.
 func (r *Reply) news(ctx context.Context, conn *pgxpool.Conn, cat *Catalog, list []*waiter) (map[*waiter][]string, error) {
@@ -208,15 +209,16 @@ func (r *Reply) news(ctx context.Context, conn *pgxpool.Conn, cat *Catalog, list
 	}
 	var i, id int64
 	var groups []string
-	var attributes string
-	_, err = pgx.ForEachRow(rows, []any{&i, &id, &groups, &attributes}, func() error {
+	var attributes, hash string
+	var built *protocol.Built
+	_, err = pgx.ForEachRow(rows, []any{&i, &id, &groups, &attributes, &hash, &built}, func() error {
 		one := list[i-1]
 		_, sets := cat.allows(groups, "")
 		held := map[string]bool{}
 		for _, ask := range one.ask.Sets {
 			held[ask.Set] = true
 			s := &session{deviceID: id, user: one.user, device: one.device, groups: groups, attributes: attributes, set: ask.Set, cursorFrom: ask.Cursor,
-				watching: true, filesKnown: &protocol.FilesRequest{}}
+				watching: true, filesKnown: &protocol.FilesRequest{}, built: hash, builtOf: built}
 			s.pages = newPages(s, nil, r.cfg, cat.epoch)
 			if b.admit(s); s.refusal != nil || ask.Cursor == "" {
 				news[one] = append(news[one], ask.Set)
@@ -230,7 +232,7 @@ func (r *Reply) news(ctx context.Context, conn *pgxpool.Conn, cat *Catalog, list
 				news[one] = append(news[one], set)
 			}
 		}
-		groups = nil
+		groups, built = nil, nil
 		return nil
 	})
 	if err != nil || len(b.sessions) == 0 {

@@ -20,11 +20,18 @@ type Device struct {
 	Blocked        bool       `json:"blocked"`              // the device itself; its user may be blocked too
 	App            string     `json:"app,omitempty"`
 	Library        string     `json:"library,omitempty"`
+	Built          *BuiltFor  `json:"built_for,omitempty"` // nil: the application did not say, and gets everything
 	EnrolledAt     *time.Time `json:"enrolled_at,omitempty"`
 	LastSeenAt     *time.Time `json:"last_seen_at,omitempty"` // login, exact to a minute
 	LastSyncAt     *time.Time `json:"last_sync_at,omitempty"`
 	OldestUnsentAt *time.Time `json:"oldest_unsent_at,omitempty"` // as the device said it when its last session began
 	Forks          int        `json:"forks"`                      // how often its file turned out to be restored or copied
+}
+
+// BuiltFor is what a device's application was built for, as it said last.
+type BuiltFor struct {
+	protocol.Built
+	Hash string `json:"hash"` // of what it said, hex
 }
 
 // querier is a pool or a transaction.
@@ -75,6 +82,7 @@ type DeviceFilter struct {
 	User        string
 	Group       string
 	App         string        // the application's version, as the device tells it
+	BuiltFor    string        // what the application was built for: its name, or the beginning of the hash
 	Blocked     bool          // those that are kept out, themselves or with their user
 	NotEnrolled bool          // those without a key
 	Forked      bool          // those whose file turned out to be restored or copied
@@ -85,22 +93,26 @@ type DeviceFilter struct {
 func (r *Registry) ListDevices(ctx context.Context, f DeviceFilter) ([]Device, error) {
 	rows, err := r.pool.Query(ctx, `
 		SELECT d.id, d.user_name, d.name, coalesce(d.public_key, ''), d.blocked, d.app, d.library, d.enrolled_at, d.last_seen_at, d.last_sync_at,
-			d.oldest_unsent_at, d.forks
-		  FROM waystage.device d JOIN waystage.app_user u ON u.name = d.user_name
+			d.oldest_unsent_at, d.forks, `+builtColumn+`
+		  FROM waystage.device d JOIN waystage.app_user u ON u.name = d.user_name LEFT JOIN waystage.built b ON b.hash = d.built
 		 WHERE d.removed_at IS NULL AND d.user_name <> $1 AND $2 IN ('', d.user_name) AND ($3 = '' OR $3 = ANY (u.groups)) AND $4 IN ('', d.app)
 			AND (NOT $5 OR d.blocked OR u.blocked) AND (NOT $6 OR d.public_key IS NULL) AND (NOT $7 OR d.forks > 0)
+			AND ($9 = '' OR b.built->>'name' = $9 OR $9 ~ '^[0-9a-f]{8,64}$' AND starts_with(b.hash, $9))
 			AND ($8 = 0 OR coalesce(d.last_sync_at, '-infinity') < now() - make_interval(secs => $8))
-		 ORDER BY d.user_name, d.name`, protocol.OperatorUser, f.User, f.Group, f.App, f.Blocked, f.NotEnrolled, f.Forked, f.StaleFor.Seconds())
+		 ORDER BY d.user_name, d.name`, protocol.OperatorUser, f.User, f.Group, f.App, f.Blocked, f.NotEnrolled, f.Forked, f.StaleFor.Seconds(), f.BuiltFor)
 	if err != nil {
 		return nil, wrap("list devices", err)
 	}
 	devices, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (d Device, err error) {
 		err = row.Scan(&d.ID, &d.User, &d.Name, &d.PublicKey, &d.Blocked, &d.App, &d.Library, &d.EnrolledAt, &d.LastSeenAt, &d.LastSyncAt,
-			&d.OldestUnsentAt, &d.Forks)
+			&d.OldestUnsentAt, &d.Forks, &d.Built)
 		return d, err
 	})
 	return devices, wrap("list devices", err)
 }
+
+// builtColumn reads a BuiltFor.
+const builtColumn = `b.built || jsonb_build_object('hash', b.hash)`
 
 // DeviceDetail is everything that the server knows of a device.
 type DeviceDetail struct {
@@ -163,15 +175,15 @@ func (r *Registry) Device(ctx context.Context, user, device string) (DeviceDetai
 	var next string
 	err = tx.QueryRow(ctx, `
 		SELECT d.id, d.user_name, d.name, coalesce(d.public_key, ''), d.blocked, d.app, d.library, d.enrolled_at, d.last_seen_at, d.last_sync_at,
-			d.oldest_unsent_at, d.forks, u.groups, u.blocked, d.key_at, d.new_key_asked_at, coalesce(d.next_key, ''), d.reset_at, d.forked_at,
+			d.oldest_unsent_at, d.forks, `+builtColumn+`, u.groups, u.blocked, d.key_at, d.new_key_asked_at, coalesce(d.next_key, ''), d.reset_at, d.forked_at,
 			d.refused_at, d.refused_code, d.refused_host,
 			(SELECT coalesce(sum(s.records), 0) FROM waystage.session s WHERE s.device_id = d.id AND s.state = 'staged'),
 			(SELECT count(*) FROM waystage.change c WHERE c.device_id = d.id AND c.state = 'merged'),
 			(SELECT count(*) FROM waystage.reject j WHERE j.user_name = d.user_name AND j.device_name = d.name AND j.status = 'open')
-		  FROM waystage.device d JOIN waystage.app_user u ON u.name = d.user_name
+		  FROM waystage.device d JOIN waystage.app_user u ON u.name = d.user_name LEFT JOIN waystage.built b ON b.hash = d.built
 		 WHERE d.user_name = $1 AND d.name = $2 AND d.removed_at IS NULL`, user, device).
 		Scan(&d.ID, &d.User, &d.Name, &d.PublicKey, &d.Blocked, &d.App, &d.Library, &d.EnrolledAt, &d.LastSeenAt, &d.LastSyncAt,
-			&d.OldestUnsentAt, &d.Forks, &d.Groups, &d.UserBlocked, &d.KeyAt, &d.NewKeyAsked, &next, &d.ResetAt, &d.ForkedAt,
+			&d.OldestUnsentAt, &d.Forks, &d.Built, &d.Groups, &d.UserBlocked, &d.KeyAt, &d.NewKeyAsked, &next, &d.ResetAt, &d.ForkedAt,
 			&refusedAt, &refused.Code, &refused.Host, &d.Unmerged, &d.Unapplied, &d.RejectsOpen)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return d, ErrUnknownDevice
@@ -245,7 +257,7 @@ func (r *Registry) ResetDevice(ctx context.Context, user, device string) error {
 func (r *Registry) RemoveDevice(ctx context.Context, user, device string) error {
 	return r.one(ctx, "remove device", ErrUnknownDevice,
 		`WITH gone AS (
-			UPDATE waystage.device SET `+withoutKey+`, removed_at = clock_timestamp(), blocked = false, app = '', library = '', forks = 0, forked_at = NULL,
+			UPDATE waystage.device SET `+withoutKey+`, removed_at = clock_timestamp(), blocked = false, app = '', library = '', built = NULL, forks = 0, forked_at = NULL,
 				refused_at = NULL, oldest_unsent_at = NULL, verify_asked_at = NULL
 			 WHERE user_name = $1 AND name = $2 AND removed_at IS NULL RETURNING id, user_name || '/' || name AS who),
 		 cursors AS (DELETE FROM waystage.cursor c USING gone WHERE c.device_id = gone.id),

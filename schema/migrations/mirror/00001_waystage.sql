@@ -49,6 +49,13 @@ CREATE TABLE waystage.app_user (
     created_at    timestamptz NOT NULL DEFAULT now()
 );
 
+-- What applications say that they were built for, once for all devices that say the same.
+CREATE TABLE waystage.built (
+    hash    text PRIMARY KEY,                   -- SHA-256 of what was said, hex
+    built   jsonb NOT NULL,                     -- protocol.Built: {"name": ..., "tables": [{"table": ..., "columns": [...]}]}
+    told_at timestamptz NOT NULL DEFAULT now()  -- for the first time
+);
+
 CREATE TABLE waystage.device (
     id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     user_name    text NOT NULL REFERENCES waystage.app_user ON DELETE CASCADE,
@@ -60,6 +67,7 @@ CREATE TABLE waystage.device (
     blocked      boolean NOT NULL DEFAULT false,
     app          text NOT NULL DEFAULT '',
     library      text NOT NULL DEFAULT '',
+    built        text REFERENCES waystage.built, -- what the application was built for, as it said last; null: everything
     enrolled_at  timestamptz,
     reset_at     timestamptz,                   -- incarnations from before do not go on
     removed_at   timestamptz,                   -- gone for everybody; kept until what it has sent has its verdict
