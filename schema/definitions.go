@@ -1,6 +1,7 @@
 package schema
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"slices"
@@ -65,6 +66,7 @@ type Subscription struct {
 type Set struct {
 	Name          string   `json:"name"`
 	Subscriptions []string `json:"subscriptions"` // of tables and of files
+	Priority      int      `json:"priority"`      // a device syncs sets of a higher one first; 0 if none is given
 	place         place
 	places        []place
 }
@@ -123,7 +125,8 @@ func (d *Definitions) SubsetKey(table string) (key string, all bool) {
 	return key, all
 }
 
-// SetsFor are the sets of a member of these groups, in sync order: groups as given, sets as written, each once.
+// SetsFor are the sets of a member of these groups, in sync order, each once: by priority, and where that is the same groups as given
+// and sets as written.
 func (d *Definitions) SetsFor(groups []string) []string {
 	var out []string
 	for _, name := range groups {
@@ -138,6 +141,13 @@ func (d *Definitions) SetsFor(groups []string) []string {
 			}
 		}
 	}
+	priority := func(name string) int {
+		if i := slices.IndexFunc(d.Sets, func(s Set) bool { return s.Name == name }); i >= 0 {
+			return d.Sets[i].Priority
+		}
+		return 0
+	}
+	slices.SortStableFunc(out, func(a, b string) int { return cmp.Compare(priority(b), priority(a)) })
 	return out
 }
 

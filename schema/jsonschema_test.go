@@ -48,7 +48,8 @@ func TestJSONSchema(t *testing.T) {
 	with := func(setting string) string {
 		return "version: 1\nsubscriptions:\n  s:\n    table: public.t\n" + setting
 	}
-	right := []string{good, nurse.Definitions(), "version: 1\n", "version: 1\nsubscriptions:\nsets:\ngroups:\n"}
+	right := []string{good, nurse.Definitions(), "version: 1\n", "version: 1\nsubscriptions:\nsets:\ngroups:\n",
+		"version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a]}}\n", "version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a], priority: -5}}\n"}
 	for _, s := range []string{"", "    columns: [a, b]\n", "    key: k\n    rows: SELECT 1\n", "    direction: two-way\n", "    direction: upload-only\n", "    direction: download-only\n",
 		"    direction: download-only\n    allow: []\n", "    direction: download-only\n    reject: record\n    conflict: reject\n",
 		"    allow: [delete, insert, update]\n", "    allow: []\n", "    reject: record\n", "    reject: transaction\n",
@@ -66,7 +67,9 @@ func TestJSONSchema(t *testing.T) {
 		}
 	}
 	wrong := []string{"[]", "{}", "version: 2\n", "version: 1\nmore: 1\n", "version: 1\nsubscriptions: []\n", "version: 1\nsubscriptions: {s: {}}\n", "version: 1\nsubscriptions: {S: {table: a.b}}\n",
-		"version: 1\nsets: {s: []}\n", "version: 1\nsets: {s: x}\n", "version: 1\ngroups: {g: []}\n", "version: 1\ngroups: {g: {set: []}}\n", "version: 1\ngroups: {g: {sets: x}}\n"}
+		"version: 1\nsets: {s: []}\n", "version: 1\nsets: {s: x}\n", "version: 1\nsets: {s: {}}\n", "version: 1\nsets: {s: {subscriptions: []}}\n", "version: 1\nsets: {s: {priority: 1}}\n",
+		"version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a], priority: high}}\n", "version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a], priority: 1001}}\n",
+		"version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a], prio: 1}}\n", "version: 1\ngroups: {g: []}\n", "version: 1\ngroups: {g: {set: []}}\n", "version: 1\ngroups: {g: {sets: x}}\n"}
 	for _, s := range []string{"    colums: [a]\n", "    columns: []\n", "    columns: a\n", "    columns: [a, a]\n", "    key: k\n", "    rows: SELECT 1\n", "    key: ''\n    rows: SELECT 1\n",
 		"    direction: both\n", "    allow: [upsert]\n", "    allow: insert\n", "    allow: [insert, insert]\n", "    direction: download-only\n    allow: [insert]\n",
 		"    direction: download-only\n    reject: transaction\n", "    direction: download-only\n    conflict: source\n", "    reject: all\n", "    conflict: newest\n",
@@ -105,5 +108,7 @@ func TestJSONSchema(t *testing.T) {
 	same("file", at("properties"), fileKeys)
 	same("subscription", at("$defs", "subscription", "properties"), subscriptionKeys)
 	same("file subscription", at("$defs", "file", "properties"), fileSubscriptionKeys)
+	set := at("properties", "sets", "additionalProperties")["oneOf"].([]any)[1].(map[string]any)
+	same("set", set["properties"].(map[string]any), setKeys)
 	same("group", at("properties", "groups", "additionalProperties", "properties"), groupKeys)
 }

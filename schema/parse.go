@@ -22,6 +22,7 @@ const maxDefinitions = 4 << 20 // bytes
 var (
 	fileKeys         = []string{"version", "subscriptions", "files", "sets", "groups"}
 	subscriptionKeys = []string{"table", "columns", "key", "rows", "direction", "allow", "reject", "conflict", "file_column", "file"}
+	setKeys          = []string{"subscriptions", "priority"}
 	groupKeys        = []string{"sets"}
 )
 
@@ -95,11 +96,7 @@ func (p *parser) document(body []byte) {
 			p.named(v, "file subscription", p.fileSubscription)
 		case "sets":
 			p.named(v, "set", func(name string, k, v *yaml.Node) {
-				values, places := p.list(v, "a set is a list of subscriptions")
-				if len(values) == 0 && v.Kind == yaml.SequenceNode {
-					p.bad(v, fmt.Sprintf("set %q is empty", name), "name at least one subscription")
-				}
-				p.d.Sets = append(p.d.Sets, Set{Name: name, Subscriptions: values, place: at(k), places: places})
+				p.set(name, k, v)
 			})
 		case "groups":
 			p.named(v, "group", func(name string, k, v *yaml.Node) { p.group(name, k, v) })
@@ -150,6 +147,38 @@ func (p *parser) named(n *yaml.Node, what string, fn func(name string, k, v *yam
 		}
 		fn(name, k, v)
 	})
+}
+
+// MostPriority bounds the priority of a set, either way.
+const MostPriority = 1000
+
+// set reads a set: a list of subscriptions, or a mapping with the list and settings.
+func (p *parser) set(name string, k, v *yaml.Node) {
+	s := Set{Name: name, place: at(k)}
+	list := v
+	if v.Kind == yaml.MappingNode {
+		list = nil
+		p.mapping(v, "a set", setKeys, func(key string, _, v *yaml.Node) {
+			switch key {
+			case "subscriptions":
+				list = v
+			case "priority":
+				n, err := strconv.Atoi(v.Value)
+				if v.Kind != yaml.ScalarNode || v.Tag != "!!int" || err != nil || n < -MostPriority || n > MostPriority {
+					p.bad(v, fmt.Sprintf("priority is a number from %d to %d", -MostPriority, MostPriority), "a device syncs sets of a higher priority first; 0 is that of all others")
+				}
+				s.Priority = n
+			}
+		})
+		if list == nil {
+			p.bad(k, fmt.Sprintf("set %q has no subscriptions", name), "add subscriptions: [...]")
+			return
+		}
+	}
+	if s.Subscriptions, s.places = p.list(list, "a set is a list of subscriptions"); len(s.Subscriptions) == 0 && list.Kind == yaml.SequenceNode {
+		p.bad(list, fmt.Sprintf("set %q is empty", name), "name at least one subscription")
+	}
+	p.d.Sets = append(p.d.Sets, s)
 }
 
 func (p *parser) group(name string, k, v *yaml.Node) {

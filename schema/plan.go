@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -170,7 +171,7 @@ func difference(old, new *Definitions) []PlanChange {
 	})
 	compare("set", oldSets, newSets, func(d *Definitions, name string) settings {
 		i := slices.IndexFunc(d.Sets, func(s Set) bool { return s.Name == name })
-		return settings{{"subscriptions", strings.Join(d.Sets[i].Subscriptions, ", ")}}
+		return settings{{"subscriptions", strings.Join(d.Sets[i].Subscriptions, ", ")}, {"priority", strconv.Itoa(d.Sets[i].Priority)}}
 	})
 	compare("group", oldGroups, newGroups, func(d *Definitions, name string) settings {
 		i := slices.IndexFunc(d.Groups, func(g Group) bool { return g.Name == name })
