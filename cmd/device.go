@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/waystage/waystage/device"
+	"github.com/waystage/waystage/internal/hours"
 	"github.com/waystage/waystage/protocol"
 )
 
@@ -116,8 +117,10 @@ clock; both until it is interrupted, one sync after the other. Exit code 3: comp
 			if o.Wait != protocol.WaitMerge && o.Wait != protocol.WaitSource {
 				return usage("--wait wants merge or source, not %q", o.Wait)
 			}
-			if s.between, err = parseHours(between); err != nil {
-				return err
+			if between != "" {
+				if s.between, err = hours.Parse(between); err != nil {
+					return usage("--between: %s", err)
+				}
 			}
 			switch {
 			case c.Flags().Changed("every") && s.every < time.Second:
@@ -188,6 +191,10 @@ func (a *app) sync(ctx context.Context, path string, o device.SyncOptions, f for
 func (a *app) printReport(r device.Report) {
 	for _, s := range r.Sets {
 		notes := ""
+		if !s.ClosedUntil.IsZero() {
+			fmt.Fprintf(a.out, "%s: %s\n", s.Set, closedUntil(s.ClosedUntil))
+			continue
+		}
 		if s.Resumed {
 			notes += ", resumed"
 		}
@@ -213,6 +220,10 @@ func (a *app) printReport(r device.Report) {
 		a.say("note: the file goes on under a new incarnation (it was restored from a backup or copied, the operator has reset the device, or the mirror was made anew); its edits were kept. " +
 			"If another copy of it is in use, enrol that one as a device of its own, from a new file")
 	}
+}
+
+func closedUntil(t time.Time) string {
+	return "the server does not sync it at this time; it opens at " + t.Local().Format("2006-01-02 15:04")
 }
 
 func newDeviceStatus(a *app, path *string) *cobra.Command {
@@ -250,6 +261,9 @@ func newDeviceStatus(a *app, path *string) *cobra.Command {
 					at := set.SyncedAt
 					for _, t := range set.Tables {
 						lines = append(lines, line{set.Name, t.Name, t.Local, strconv.FormatInt(t.Rows, 10), ago(&at)})
+					}
+					if !set.Closed.IsZero() {
+						fmt.Fprintln(a.out, "set "+set.Name+": "+closedUntil(set.Closed))
 					}
 				}
 				if len(lines) == 0 {

@@ -141,37 +141,7 @@ func TestSyncWatch(t *testing.T) {
 	}
 }
 
-func TestHours(t *testing.T) {
-	day := func(clock string) time.Time {
-		at, err := time.ParseInLocation("2006-01-02 15:04", "2026-05-04 "+clock, time.UTC)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return at
-	}
-	for _, c := range []struct{ hours, now, wait string }{
-		{"", "03:00", "0s"},
-		{"09:00-22:00", "08:59", "1m"}, {"09:00-22:00", "09:00", "0s"}, {"09:00-22:00", "21:59", "0s"}, {"09:00-22:00", "22:00", "11h"},
-		{"22:00-06:00", "21:00", "1h"}, {"22:00-06:00", "23:00", "0s"}, {"22:00-06:00", "05:59", "0s"}, {"22:00-06:00", "06:00", "16h"},
-		{"08:00 - 08:00", "12:00", "0s"},
-	} {
-		h, err := parseHours(c.hours)
-		if err != nil {
-			t.Fatal(err)
-		}
-		want, err := time.ParseDuration(c.wait)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got := h.until(day(c.now)); got != want || h.include(day(c.now)) != (want == 0) {
-			t.Errorf("%s at %s: %s, want %s", c.hours, c.now, got, want)
-		}
-	}
-	for _, bad := range []string{"9", "09:00", "09:00-25:00", "a-b", "09:00-10:00-11:00"} {
-		if _, err := parseHours(bad); err == nil {
-			t.Errorf("%q is taken", bad)
-		}
-	}
+func TestBackOff(t *testing.T) {
 	for n := range 20 {
 		if d := backOff(n); d < time.Second/2 || d > 90*time.Second {
 			t.Errorf("after %d failures: %s", n, d)

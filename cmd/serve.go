@@ -202,7 +202,7 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	if c.Files.Directory != "" {
 		sup.Go(func() error { return watchDirectory(support, c, store, log) })
 	}
-	gateway := queue.NewGateway(q, queue.GatewayConfig{Hold: time.Duration(c.Reply.Hold), Applied: sessions.Close, News: watch.News, Files: store,
+	gateway := queue.NewGateway(q, queue.GatewayConfig{Hold: time.Duration(c.Reply.Hold), Applied: sessions.Close, News: watch.News, Files: store, Bandwidth: current.Bandwidth,
 		Rotate: func(ctx context.Context, user, device string, r protocol.Rotation) error {
 			return users.Rotate(ctx, user, device, r.Key)
 		}},

@@ -186,7 +186,7 @@ func (t *txn) settle(c *catalogue, sess *session, first, last *protocol.Page, ag
 			todo = 1
 		}
 	}
-	if err := t.exec(`UPDATE _ws_set SET cursor = ?, todo = ?, synced_at = ? WHERE name = ?`, cursor, todo, time.Now().Unix(), sess.Set); err != nil {
+	if err := t.exec(`UPDATE _ws_set SET cursor = ?, todo = ?, synced_at = ?, closed_until = 0 WHERE name = ?`, cursor, todo, time.Now().Unix(), sess.Set); err != nil {
 		return err
 	}
 	if epoch := cmp.Or(first.Epoch, last.Epoch); epoch != "" {

@@ -191,13 +191,15 @@ type wanted struct {
 	size int64
 }
 
-// fetchAll brings what is missing. What the server cannot give now is noted and stops nothing; trouble with the connection or
+// fetchAll brings what is missing, but for files of sets that are closed. What the server cannot give now is noted and stops nothing; trouble with the connection or
 // the disk ends it.
 func (x *filing) fetchAll(ctx context.Context) error {
 	var list []wanted
 	err := x.d.read(ctx, func(t *txn) error {
 		list = nil
-		return t.each(`SELECT DISTINCT sha, size FROM _ws_file WHERE have <> sha ORDER BY size, sha`, nil, func(scan func(...any) error) error {
+		now := time.Now().Unix()
+		return t.each(`SELECT DISTINCT f.sha, f.size FROM _ws_file f WHERE f.have <> f.sha AND EXISTS (SELECT 1 FROM _ws_file_member m JOIN _ws_set s ON s.name = m.set_name
+			WHERE m.path = f.path AND NOT (s.closed_at <= ? AND ? < s.closed_until)) ORDER BY f.size, f.sha`, []any{now, now}, func(scan func(...any) error) error {
 			list = append(list, wanted{})
 			return scan(&list[len(list)-1].sha, &list[len(list)-1].size)
 		})

@@ -3,6 +3,7 @@ package device
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/waystage/waystage/protocol"
 )
@@ -34,6 +35,13 @@ func (d *Device) refused(ctx context.Context, sess *session, e *protocol.Error) 
 				if err := t.exec(`UPDATE _ws_state SET most_changes = ?`, max(sess.Records/4, 1)); err != nil {
 					return err
 				}
+			}
+		case protocol.CodeOutside: // the other sets go on; the edits are unsent again
+			again = true
+			now := time.Now()
+			until := now.Add(max(time.Duration(e.Retry)*time.Second, time.Second))
+			if err := t.exec(`UPDATE _ws_set SET todo = 0, closed_at = ?, closed_until = ? WHERE name = ?`, now.Unix(), until.Unix(), sess.Set); err != nil {
+				return err
 			}
 		case protocol.CodeUnknownSet:
 			again = true

@@ -35,8 +35,9 @@ type Status struct {
 // SetStatus is how one subscription set stands.
 type SetStatus struct {
 	Name     string        `json:"name"`
-	SyncedAt time.Time     `json:"synced_at,omitzero"` // zero: never
-	Done     bool          `json:"done"`               // false: still to do in an unfinished sync
+	SyncedAt time.Time     `json:"synced_at,omitzero"`    // zero: never
+	Done     bool          `json:"done"`                  // false: still to do in an unfinished sync
+	Closed   time.Time     `json:"closed_until,omitzero"` // the server takes no session of it before that
 	Tables   []TableStatus `json:"tables"`
 }
 
@@ -85,7 +86,7 @@ func (d *Device) Status(ctx context.Context) (s Status, err error) {
 			if x.Gone {
 				continue
 			}
-			ss := SetStatus{Name: x.Name, Done: x.Todo == 0}
+			ss := SetStatus{Name: x.Name, Done: x.Todo == 0, Closed: x.closed(time.Now())}
 			if x.SyncedAt > 0 {
 				ss.SyncedAt = time.Unix(x.SyncedAt, 0).UTC()
 			}

@@ -52,6 +52,8 @@ type SetReport struct {
 	Refresh  bool          `json:"refresh,omitempty"` // all rows were sent, not only what changed
 	More     bool          `json:"more,omitempty"`    // verdicts on this upload are still open: they come with a later sync
 	Pages    int           `json:"pages"`
+
+	ClosedUntil time.Time `json:"closed_until,omitzero"` // nothing was synced: the server takes no session of this set before that
 	Totals
 }
 

@@ -100,11 +100,15 @@ func (d *Device) begin(ctx context.Context, o SyncOptions, rep *Report) (st stat
 			}
 		}
 		rep.Resumed = st.Running || st.Open.Valid
+		now := time.Now()
 		for _, s := range c.sets {
 			todo := 1
-			switch {
+			switch until := s.closed(now); {
 			case s.Gone, len(o.Sets) > 0 && !slices.Contains(o.Sets, s.Name):
 				todo = 0
+			case !until.IsZero() && len(o.Sets) == 0: // a set that is named is asked for all the same
+				todo = 0
+				rep.Sets = append(rep.Sets, SetReport{Set: s.Name, ClosedUntil: until})
 			case st.Running && s.Todo == 0: // done before the break: again, but only if there is something to send
 				nothing, err := t.nothingFor(c, s)
 				if err != nil {
@@ -209,6 +213,9 @@ func (d *Device) session(ctx context.Context, tr Transport, sess *session, files
 		d.ack(ctx, tr, sess)
 		if !again {
 			return explain("session "+sess.token(), refusal)
+		}
+		if refusal.Code == protocol.CodeOutside {
+			sr.Totals, sr.ClosedUntil = Totals{BytesUp: sr.BytesUp, BytesDown: sr.BytesDown}, time.Now().Add(time.Duration(refusal.Retry)*time.Second).UTC().Truncate(time.Second)
 		}
 		rep.Forked = rep.Forked || refusal.Code == protocol.CodeForked || refusal.Code == protocol.CodeEpoch
 		return nil

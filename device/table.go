@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/waystage/waystage/protocol"
 )
@@ -160,6 +161,16 @@ type set struct {
 	Gone     bool // the user no longer has it
 	SyncedAt int64
 	Tables   []member
+
+	ClosedAt, ClosedUntil int64 // the server said then that it takes no session of the set until then; Unix time
+}
+
+// closed is when the server will take sessions of the set again; zero: it may now. A clock that was put back asks again.
+func (s *set) closed(now time.Time) time.Time {
+	if u := now.Unix(); s.ClosedAt <= u && u < s.ClosedUntil {
+		return time.Unix(s.ClosedUntil, 0).UTC()
+	}
+	return time.Time{}
 }
 
 // member is a table as one set defines it.
@@ -232,10 +243,10 @@ func (t *txn) load() (*catalogue, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = t.each(`SELECT name, bit, cursor, hash, todo, gone, synced_at FROM _ws_set ORDER BY ord`, nil, func(scan func(...any) error) error {
+	err = t.each(`SELECT name, bit, cursor, hash, todo, gone, synced_at, closed_at, closed_until FROM _ws_set ORDER BY ord`, nil, func(scan func(...any) error) error {
 		var s set
 		c.sets = append(c.sets, &s)
-		return scan(&s.Name, &s.Bit, &s.Cursor, &s.Hash, &s.Todo, &s.Gone, &s.SyncedAt)
+		return scan(&s.Name, &s.Bit, &s.Cursor, &s.Hash, &s.Todo, &s.Gone, &s.SyncedAt, &s.ClosedAt, &s.ClosedUntil)
 	})
 	if err != nil {
 		return nil, err

@@ -13,18 +13,20 @@ import (
 type Wake struct {
 	Sets  []string `json:"sets,omitempty"`  // the server has something new for them; a set may be new itself
 	Edits bool     `json:"edits,omitempty"` // the file has edits that were not sent
+	// The time has come from which the server takes sessions of a set again.
+	Opened bool `json:"opened,omitempty"`
 }
 
 // lookForEdits is how often Await looks into the file for edits of other connections and processes.
 const lookForEdits = time.Second
 
 // Await stays connected and returns when a sync would bring something: the server has news, or the file unsent edits. sets
-// limits it to some subscription sets; none: all, and those that the user gets meanwhile. It changes nothing, and it may run beside
-// a sync. The error of ctx is returned when that ends first.
+// limits it to some subscription sets; none: all, and those that the user gets meanwhile. It may run beside a sync. The error of ctx is returned when that ends first.
 //
 // News is a hint: it may be lost with a connection or a server, so sync by the clock, too.
 func (d *Device) Await(ctx context.Context, sets ...string) (Wake, error) {
 	var st state
+	var opens time.Time // the first of the closed sets
 	ask := protocol.Watch{Sets: []protocol.WatchSet{}, Only: len(sets) > 0}
 	err := d.read(ctx, func(t *txn) (err error) {
 		if st, err = t.enrolled(); err != nil {
@@ -35,8 +37,12 @@ func (d *Device) Await(ctx context.Context, sets ...string) (Wake, error) {
 			return err
 		}
 		for _, s := range c.sets {
-			if !s.Gone && (len(sets) == 0 || slices.Contains(sets, s.Name)) {
-				ask.Sets = append(ask.Sets, protocol.WatchSet{Set: s.Name, Cursor: s.Cursor})
+			if s.Gone || len(sets) > 0 && !slices.Contains(sets, s.Name) {
+				continue
+			}
+			ask.Sets = append(ask.Sets, protocol.WatchSet{Set: s.Name, Cursor: s.Cursor})
+			if until := s.closed(time.Now()); !until.IsZero() && (opens.IsZero() || until.Before(opens)) {
+				opens = until
 			}
 		}
 		return nil
@@ -76,13 +82,31 @@ func (d *Device) Await(ctx context.Context, sets ...string) (Wake, error) {
 		select {
 		case n := <-news:
 			ended = true
-			return Wake{Sets: n.sets}, n.err
+			return Wake{Sets: n.sets}, errors.Join(n.err, d.reopen(ctx, n.sets))
 		case <-look.C:
 			if edits, err := d.edits(ctx, sets); edits || err != nil {
 				return Wake{Edits: edits}, err
 			}
+			if !opens.IsZero() && !time.Now().Before(opens) {
+				return Wake{Opened: true}, nil
+			}
 		}
 	}
+}
+
+// reopen forgets that sets were closed: the server offers something of them.
+func (d *Device) reopen(ctx context.Context, sets []string) error {
+	if len(sets) == 0 {
+		return nil
+	}
+	return d.write(ctx, func(t *txn) error {
+		for _, s := range sets {
+			if err := t.exec(`UPDATE _ws_set SET closed_until = 0 WHERE name = ?`, s); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 // listen asks until there is news.
@@ -112,6 +136,9 @@ func (d *Device) edits(ctx context.Context, sets []string) (found bool, err erro
 		}
 		for _, s := range c.sets {
 			if s.Gone || len(sets) > 0 && !slices.Contains(sets, s.Name) {
+				continue
+			}
+			if !s.closed(time.Now()).IsZero() { // they wait
 				continue
 			}
 			nothing, err := t.nothingFor(c, s)

@@ -16,6 +16,7 @@ const (
 	CodeUnknownSet  Code = "unknown_set"          // no such subscription set for this user
 	CodeBlocked     Code = "blocked"              // the device or user is blocked
 	CodeBusy        Code = "busy"                 // the queue is full: retry after the given time
+	CodeOutside     Code = "outside_window"       // the set is not synced at this time: retry after the given time
 	CodeNotFound    Code = "not_found"            // no such session or page (yet)
 	CodePending     Code = "pending"              // the reply is not ready yet: ask again
 	CodeInternal    Code = "internal"             // the server failed; the request is kept and retried

@@ -49,6 +49,10 @@ type GatewayConfig struct {
 	// Rotate notes the key that a device will log in with from now on; errors as those of [Enroller]. nil: keys do not change.
 	Rotate func(ctx context.Context, user, device string, req protocol.Rotation) error
 
+	// Bandwidth is how many bytes per second each device of a user may send and receive; 0: no more is known than the limits
+	// above. It is asked now and then; an error is logged, and what it said before holds.
+	Bandwidth func(ctx context.Context, user string) (int64, error)
+
 	// Applied hears that a device has applied the reply to a session, before its pages are removed; nil: nobody.
 	Applied func(ctx context.Context, user, device, session string) error
 	Files   Files // nil: there are none
@@ -327,8 +331,7 @@ func (s *shift) put(c *call) {
 		c.refuse(protocol.CodeMalformed, 0, "part %s is empty", c.args[1])
 		return
 	}
-	if wait := s.rates.bytes(c.user, c.device, len(data)); wait > 0 {
-		c.refuse(protocol.CodeBusy, wait, "this device sends too much at once: go on in %d s", wait)
+	if !s.mayPut(c, len(data)) {
 		return
 	}
 	select {
@@ -413,6 +416,9 @@ func (s *shift) get(c *call) {
 		c.refuse(protocol.CodeNotFound, 0, "%q is not a page number", oneLine(c.args[1]))
 		return
 	}
+	if s.slowed(c) {
+		return
+	}
 	s.held(c, func() { s.hold(c, n) })
 }
 
@@ -446,6 +452,7 @@ func (s *shift) hold(c *call, page int) {
 			if e := m.Header.Get(protocol.HeaderContentEncoding); e != "" {
 				h[protocol.HeaderContentEncoding] = []string{e}
 			}
+			s.rates.spend(c.user, c.device, len(m.Data))
 			if err := c.r.Respond(m.Data, micro.WithHeaders(h)); err != nil {
 				s.log.Debug("a page was not sent", zap.String("subject", c.r.Subject()), zap.Error(err))
 			}

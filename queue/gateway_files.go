@@ -84,11 +84,15 @@ func (s *shift) fileGet(c *call) {
 		c.refuseError(err)
 		return
 	}
+	if s.slowed(c) {
+		return
+	}
 	s.file(c, fileTimeout, func(ctx context.Context) error {
 		data, err := s.cfg.Files.Fetch(ctx, c.user, c.device, c.args[0], n)
 		if err != nil {
 			return err
 		}
+		s.rates.spend(c.user, c.device, len(data))
 		return c.r.Respond(data, micro.WithHeaders(micro.Headers{protocol.HeaderContentType: {protocol.ContentChunk}}))
 	})
 }
@@ -117,8 +121,7 @@ func (s *shift) filePut(c *call) {
 		c.refuse(protocol.CodeTooBig, 0, "a chunk has %d bytes at most, not %d", protocol.FileChunk, len(data))
 		return
 	}
-	if wait := s.rates.bytes(c.user, c.device, len(data)); wait > 0 {
-		c.refuse(protocol.CodeBusy, wait, "this device sends too much at once: go on in %d s", wait)
+	if !s.mayPut(c, len(data)) {
 		return
 	}
 	s.receipt(c, fileTimeout, func(ctx context.Context) (protocol.FileReceipt, error) {

@@ -24,8 +24,13 @@ type rates struct {
 // allowance is what one device or user may still have.
 type allowance struct {
 	calls, bytes *rate.Limiter
+	debt         debt      // of a device
+	band         bandwidth // of a user
 	used         time.Time
 }
+
+// slowest is a bandwidth at which nobody's debt is forgotten too early, in bytes per second.
+const slowest = 8 << 10
 
 // idleRate is how long an allowance is kept: by then it is full again.
 const idleRate = 2 * time.Minute
@@ -55,7 +60,7 @@ func (r *rates) take(user, device string, n int, of func(*allowance) *rate.Limit
 	if now.Sub(r.swept) > idleRate {
 		r.swept = now
 		for k, a := range r.of {
-			if now.Sub(a.used) > idleRate {
+			if now.Sub(a.used) > idleRate && a.debt.left(slowest, now) == 0 {
 				delete(r.of, k)
 			}
 		}

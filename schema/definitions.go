@@ -6,6 +6,9 @@ import (
 	"encoding/hex"
 	"slices"
 	"strings"
+	"time"
+
+	"github.com/waystage/waystage/internal/hours"
 )
 
 // Direction of a subscription, seen from the device.
@@ -67,16 +70,29 @@ type Set struct {
 	Name          string   `json:"name"`
 	Subscriptions []string `json:"subscriptions"` // of tables and of files
 	Priority      int      `json:"priority"`      // a device syncs sets of a higher one first; 0 if none is given
-	place         place
-	places        []place
+
+	Between []hours.Span `json:"between,omitempty"` // when devices may sync it, by the clock of Zone; none: always
+	Zone    string       `json:"zone,omitempty"`    // of the time zone database; empty: UTC
+	clock   *time.Location
+	place   place
+	places  []place
+}
+
+// Opens is how long it takes from now until devices may sync the set; 0: they may.
+func (s *Set) Opens(now time.Time) time.Duration {
+	if s.clock == nil {
+		return hours.UntilAny(s.Between, now.UTC())
+	}
+	return hours.UntilAny(s.Between, now.In(s.clock))
 }
 
 // Group gives its members sets.
 type Group struct {
-	Name   string   `json:"name"`
-	Sets   []string `json:"sets"`
-	place  place
-	places []place
+	Name      string   `json:"name"`
+	Sets      []string `json:"sets"`
+	Bandwidth int64    `json:"bandwidth,omitempty"` // bytes per second, of each device of a member; 0: no limit by the group
+	place     place
+	places    []place
 }
 
 // Definitions are a parsed definitions file.
@@ -142,13 +158,31 @@ func (d *Definitions) SetsFor(groups []string) []string {
 		}
 	}
 	priority := func(name string) int {
-		if i := slices.IndexFunc(d.Sets, func(s Set) bool { return s.Name == name }); i >= 0 {
-			return d.Sets[i].Priority
+		if s := d.Set(name); s != nil {
+			return s.Priority
 		}
 		return 0
 	}
 	slices.SortStableFunc(out, func(a, b string) int { return cmp.Compare(priority(b), priority(a)) })
 	return out
+}
+
+// Set finds a set; nil when there is none.
+func (d *Definitions) Set(name string) *Set {
+	if i := slices.IndexFunc(d.Sets, func(s Set) bool { return s.Name == name }); i >= 0 {
+		return &d.Sets[i]
+	}
+	return nil
+}
+
+// Bandwidth is how many bytes per second a device of a member of these groups may send and receive: the least that one of them says; 0: no limit.
+func (d *Definitions) Bandwidth(groups []string) (least int64) {
+	for _, g := range d.Groups {
+		if slices.Contains(groups, g.Name) && g.Bandwidth > 0 && (least == 0 || g.Bandwidth < least) {
+			least = g.Bandwidth
+		}
+	}
+	return least
 }
 
 // SubscriptionsOf are a set's subscriptions in order; nil when there is no such set.

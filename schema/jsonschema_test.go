@@ -49,7 +49,9 @@ func TestJSONSchema(t *testing.T) {
 		return "version: 1\nsubscriptions:\n  s:\n    table: public.t\n" + setting
 	}
 	right := []string{good, nurse.Definitions(), "version: 1\n", "version: 1\nsubscriptions:\nsets:\ngroups:\n",
-		"version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a]}}\n", "version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a], priority: -5}}\n"}
+		"version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a]}}\n", "version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a], priority: -5}}\n",
+		"version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a], between: ['22:00-06:00', '12:30 - 13:00'], zone: Europe/Berlin}}\n",
+		"version: 1\ngroups: {g: {bandwidth: 64KiB}}\n", "version: 1\ngroups: {g: {sets: [], bandwidth: 8192}}\n"}
 	for _, s := range []string{"", "    columns: [a, b]\n", "    key: k\n    rows: SELECT 1\n", "    direction: two-way\n", "    direction: upload-only\n", "    direction: download-only\n",
 		"    direction: download-only\n    allow: []\n", "    direction: download-only\n    reject: record\n    conflict: reject\n",
 		"    allow: [delete, insert, update]\n", "    allow: []\n", "    reject: record\n", "    reject: transaction\n",
@@ -69,7 +71,10 @@ func TestJSONSchema(t *testing.T) {
 	wrong := []string{"[]", "{}", "version: 2\n", "version: 1\nmore: 1\n", "version: 1\nsubscriptions: []\n", "version: 1\nsubscriptions: {s: {}}\n", "version: 1\nsubscriptions: {S: {table: a.b}}\n",
 		"version: 1\nsets: {s: []}\n", "version: 1\nsets: {s: x}\n", "version: 1\nsets: {s: {}}\n", "version: 1\nsets: {s: {subscriptions: []}}\n", "version: 1\nsets: {s: {priority: 1}}\n",
 		"version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a], priority: high}}\n", "version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a], priority: 1001}}\n",
-		"version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a], prio: 1}}\n", "version: 1\ngroups: {g: []}\n", "version: 1\ngroups: {g: {set: []}}\n", "version: 1\ngroups: {g: {sets: x}}\n"}
+		"version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a], prio: 1}}\n",
+		"version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a], between: []}}\n", "version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a], between: '22:00-06:00'}}\n",
+		"version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a], between: ['24:00-06:00']}}\n", "version: 1\nsubscriptions: {a: {table: a.b}}\nsets: {s: {subscriptions: [a], zone: UTC}}\n",
+		"version: 1\ngroups: {g: {bandwidth: fast}}\n", "version: 1\ngroups: {g: {bandwidth: -1}}\n", "version: 1\ngroups: {g: []}\n", "version: 1\ngroups: {g: {set: []}}\n", "version: 1\ngroups: {g: {sets: x}}\n"}
 	for _, s := range []string{"    colums: [a]\n", "    columns: []\n", "    columns: a\n", "    columns: [a, a]\n", "    key: k\n", "    rows: SELECT 1\n", "    key: ''\n    rows: SELECT 1\n",
 		"    direction: both\n", "    allow: [upsert]\n", "    allow: insert\n", "    allow: [insert, insert]\n", "    direction: download-only\n    allow: [insert]\n",
 		"    direction: download-only\n    reject: transaction\n", "    direction: download-only\n    conflict: source\n", "    reject: all\n", "    conflict: newest\n",

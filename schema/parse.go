@@ -9,8 +9,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/waystage/waystage/internal/hours"
 )
 
 // DefinitionsVersion is the version of the definitions file that this program reads.
@@ -22,8 +25,8 @@ const maxDefinitions = 4 << 20 // bytes
 var (
 	fileKeys         = []string{"version", "subscriptions", "files", "sets", "groups"}
 	subscriptionKeys = []string{"table", "columns", "key", "rows", "direction", "allow", "reject", "conflict", "file_column", "file"}
-	setKeys          = []string{"subscriptions", "priority"}
-	groupKeys        = []string{"sets"}
+	setKeys          = []string{"subscriptions", "priority", "between", "zone"}
+	groupKeys        = []string{"sets", "bandwidth"}
 )
 
 var defName = regexp.MustCompile(`^[a-z0-9_-]{1,64}$`)
@@ -156,6 +159,7 @@ const MostPriority = 1000
 func (p *parser) set(name string, k, v *yaml.Node) {
 	s := Set{Name: name, place: at(k)}
 	list := v
+	var zone *yaml.Node
 	if v.Kind == yaml.MappingNode {
 		list = nil
 		p.mapping(v, "a set", setKeys, func(key string, _, v *yaml.Node) {
@@ -168,8 +172,20 @@ func (p *parser) set(name string, k, v *yaml.Node) {
 					p.bad(v, fmt.Sprintf("priority is a number from %d to %d", -MostPriority, MostPriority), "a device syncs sets of a higher priority first; 0 is that of all others")
 				}
 				s.Priority = n
+			case "between":
+				p.between(&s, v)
+			case "zone":
+				zone = v
+				s.Zone = p.scalar(v, "a time zone such as Europe/Berlin")
+				var err error
+				if s.clock, err = time.LoadLocation(s.Zone); err != nil || s.Zone == "Local" {
+					p.bad(v, fmt.Sprintf("no time zone %q", s.Zone), "write a name of the time zone database, such as Europe/Berlin or UTC")
+				}
 			}
 		})
+		if zone != nil && len(s.Between) == 0 {
+			p.bad(zone, "zone is whose clock between goes by, but between is not given", `add between: ["22:00-06:00"], or remove zone`)
+		}
 		if list == nil {
 			p.bad(k, fmt.Sprintf("set %q has no subscriptions", name), "add subscriptions: [...]")
 			return
@@ -183,11 +199,42 @@ func (p *parser) set(name string, k, v *yaml.Node) {
 
 func (p *parser) group(name string, k, v *yaml.Node) {
 	g := Group{Name: name, place: at(k)}
-	p.mapping(v, "a group", groupKeys, func(_ string, _, v *yaml.Node) {
-		g.Sets, g.places = p.list(v, "sets is a list of set names")
+	p.mapping(v, "a group", groupKeys, func(key string, _, v *yaml.Node) {
+		switch key {
+		case "sets":
+			g.Sets, g.places = p.list(v, "sets is a list of set names")
+		case "bandwidth":
+			n, err := ParseSize(v.Value)
+			if v.Kind != yaml.ScalarNode || err != nil || n < minBandwidth || n > maxBandwidth {
+				p.bad(v, fmt.Sprintf("bandwidth is %q", v.Value), "write bytes per second of each device, from 8KiB to 1GiB, such as 256KiB")
+			}
+			g.Bandwidth = n
+		}
 	})
 	p.d.Groups = append(p.d.Groups, g)
 }
+
+// between reads the spans of the day in which devices may sync a set.
+func (p *parser) between(s *Set, v *yaml.Node) {
+	texts, _ := p.list(v, "between is a list of spans of the day")
+	for i, text := range texts {
+		span, err := hours.Parse(text)
+		if err != nil {
+			p.bad(resolve(v.Content[i]), err.Error(), "write from-to by the 24-hour clock; it may go over midnight: 22:00-06:00")
+			continue
+		}
+		s.Between = append(s.Between, span)
+	}
+	if len(texts) == 0 && v.Kind == yaml.SequenceNode {
+		p.bad(v, "between is empty", "leave it out to let the set be synced at any time")
+	}
+}
+
+// The bandwidth of a group, in bytes per second.
+const (
+	minBandwidth = 8 << 10
+	maxBandwidth = 1 << 30
+)
 
 func (p *parser) subscription(name string, k, v *yaml.Node) {
 	s := &Subscription{Name: name, Direction: TwoWay, Allow: "IUD", Reject: RejectRecord, Conflict: ConflictReject, place: at(k), places: map[string]place{}}

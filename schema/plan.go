@@ -170,12 +170,21 @@ func difference(old, new *Definitions) []PlanChange {
 			{"allow", s.Allow}, {"reject", string(s.Reject)}, {"conflict", strings.TrimSpace(string(s.Conflict) + " " + s.Function)}}
 	})
 	compare("set", oldSets, newSets, func(d *Definitions, name string) settings {
-		i := slices.IndexFunc(d.Sets, func(s Set) bool { return s.Name == name })
-		return settings{{"subscriptions", strings.Join(d.Sets[i].Subscriptions, ", ")}, {"priority", strconv.Itoa(d.Sets[i].Priority)}}
+		s := d.Set(name)
+		var between []string
+		for _, h := range s.Between {
+			between = append(between, h.String())
+		}
+		return settings{{"subscriptions", strings.Join(s.Subscriptions, ", ")}, {"priority", strconv.Itoa(s.Priority)},
+			{"between", strings.Join(between, ", ")}, {"zone", s.Zone}}
 	})
 	compare("group", oldGroups, newGroups, func(d *Definitions, name string) settings {
 		i := slices.IndexFunc(d.Groups, func(g Group) bool { return g.Name == name })
-		return settings{{"sets", strings.Join(d.Groups[i].Sets, ", ")}}
+		bandwidth := ""
+		if n := d.Groups[i].Bandwidth; n > 0 {
+			bandwidth = strconv.FormatInt(n, 10)
+		}
+		return settings{{"sets", strings.Join(d.Groups[i].Sets, ", ")}, {"bandwidth", bandwidth}}
 	})
 	return out
 }

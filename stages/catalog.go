@@ -3,6 +3,7 @@ package stages
 import (
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/waystage/waystage/protocol"
 	"github.com/waystage/waystage/schema"
@@ -93,6 +94,14 @@ func (c *Catalog) subscription(setName, table string) *subscription {
 func (c *Catalog) allows(groups []string, setName string) (bool, []string) {
 	sets := c.defs.SetsFor(groups)
 	return slices.Contains(sets, setName) && c.sets[setName] != nil, sets
+}
+
+// opens is how long it takes until devices may sync a set; 0: they may now.
+func (c *Catalog) opens(set string) time.Duration {
+	if s := c.defs.Set(set); s != nil {
+		return s.Opens(time.Now())
+	}
+	return 0
 }
 
 // castType is the type that a value of the column is cast to when it is read from text. It is the column's own, but

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -171,6 +172,20 @@ func (f *Follower) SetsOf(ctx context.Context, user string) (sets []string, epoc
 		return 0, nil
 	})
 	return sets, epoch, err
+}
+
+// Bandwidth is how many bytes per second each device of a user may send and receive; 0: no limit. That a moment's old definitions
+// answer does no harm.
+func (f *Follower) Bandwidth(ctx context.Context, user string) (int64, error) {
+	cat := f.Now()
+	if cat == nil || !slices.ContainsFunc(cat.defs.Groups, func(g schema.Group) bool { return g.Bandwidth > 0 }) {
+		return 0, nil
+	}
+	var groups []string
+	if err := f.db.QueryRow(ctx, "SELECT groups FROM waystage.app_user WHERE name = $1", user).Scan(&groups); err != nil {
+		return 0, fmt.Errorf("groups of %s: %w", user, err)
+	}
+	return cat.defs.Bandwidth(groups), nil
 }
 
 // Definitions are those in force now, for what stands outside the stages.

@@ -3,6 +3,7 @@ package stages
 import (
 	"context"
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -21,7 +22,7 @@ func (in *Intake) stage(ctx context.Context, cat *Catalog, reqs []*incoming) (ba
 	if err := in.devices(ctx, tx, cat, reqs); err != nil {
 		return nil, fmt.Errorf("look up devices: %w", err)
 	}
-	if err := in.ledgers(ctx, tx, reqs); err != nil {
+	if err := in.ledgers(ctx, tx, cat, reqs); err != nil {
 		return nil, fmt.Errorf("check the session ledger: %w", err)
 	}
 	var fresh []*incoming
@@ -122,7 +123,7 @@ func (in *Intake) devices(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 }
 
 // ledgers applies rule D4 to the requests that are still open, in the order in which they came.
-func (in *Intake) ledgers(ctx context.Context, tx pgx.Tx, reqs []*incoming) error {
+func (in *Intake) ledgers(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*incoming) error {
 	var all, newIDs []string
 	var devices, newDevices []int64
 	for _, r := range reqs {
@@ -180,6 +181,12 @@ func (in *Intake) ledgers(ctx context.Context, tx pgx.Tx, reqs []*incoming) erro
 			r.refuse(protocol.CodeSessionOpen, "another copy of this device's file has a session under way: a copy is a device of its own, enrol it as one; "+
 				"this file may go on in %d s if the other has stopped", other.left)
 			r.refusal.Retry = other.left
+			continue
+		}
+		// One that was taken before is answered at any time: its device waits for it.
+		if wait := cat.opens(r.req.Set); wait > 0 && ledgers[r.req.Incarnation].next(r) {
+			r.refuse(protocol.CodeOutside, "set %s is not synced at this time: it opens in %s", r.req.Set, wait.Round(time.Minute))
+			r.refusal.Retry = int(math.Ceil(wait.Seconds()))
 			continue
 		}
 		if r.outcome = ledgers[r.req.Incarnation].decide(r); r.outcome == taken {

@@ -216,7 +216,9 @@ func (r *Reply) news(ctx context.Context, conn *pgxpool.Conn, cat *Catalog, list
 		_, sets := cat.allows(groups, "")
 		held := map[string]bool{}
 		for _, ask := range one.ask.Sets {
-			held[ask.Set] = true
+			if held[ask.Set] = true; cat.opens(ask.Set) > 0 { // nothing that a sync could bring now
+				continue
+			}
 			s := &session{deviceID: id, user: one.user, device: one.device, groups: groups, attributes: attributes, set: ask.Set, cursorFrom: ask.Cursor,
 				watching: true, filesKnown: &protocol.FilesRequest{}, built: hash, builtOf: built}
 			s.pages = newPages(s, nil, r.cfg, cat.epoch)
@@ -228,7 +230,7 @@ func (r *Reply) news(ctx context.Context, conn *pgxpool.Conn, cat *Catalog, list
 			owner[s] = one
 		}
 		for _, set := range sets {
-			if !held[set] && !one.ask.Only {
+			if !held[set] && !one.ask.Only && cat.opens(set) == 0 {
 				news[one] = append(news[one], set)
 			}
 		}

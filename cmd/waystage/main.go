@@ -3,6 +3,7 @@ package main
 
 import (
 	"os"
+	_ "time/tzdata" // sets may be synced by the clock of any time zone, on machines without a database of them
 
 	"github.com/waystage/waystage/cmd"
 )
