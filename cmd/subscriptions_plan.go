@@ -119,12 +119,7 @@ func (a *app) printPlan(w io.Writer, p *schema.Plan) error {
 		err = part(func() error {
 			return printRows(w, "table", p.Rows, []column[schema.PlanRows]{
 				{"table", func(r schema.PlanRows) string { return r.Table }},
-				{"set", func(r schema.PlanRows) string {
-					if r.Was == r.Set {
-						return r.Set
-					}
-					return orDash(r.Was) + " -> " + orDash(r.Set)
-				}},
+				{"set", func(r schema.PlanRows) string { return fromTo(r.Was, r.Set) }},
 				{"users", func(r schema.PlanRows) string { return strconv.Itoa(r.Users) }},
 				{"devices", func(r schema.PlanRows) string { return strconv.Itoa(r.Devices) }},
 				{"rows enter", func(r schema.PlanRows) string { return planned(r.Enter, r.How) }},
@@ -138,6 +133,24 @@ func (a *app) printPlan(w io.Writer, p *schema.Plan) error {
 						out = append(out, "-"+c)
 					}
 					return orDash(clean(strings.Join(out, " ")))
+				}},
+			})
+		})
+	}
+	if err == nil && len(p.Files) > 0 {
+		err = part(func() error {
+			return printRows(w, "table", p.Files, []column[schema.PlanFiles]{
+				{"files of", func(r schema.PlanFiles) string { return r.Subscription }},
+				{"set", func(r schema.PlanFiles) string { return fromTo(r.Was, r.Set) }},
+				{"users", func(r schema.PlanFiles) string { return strconv.Itoa(r.Users) }},
+				{"devices", func(r schema.PlanFiles) string { return strconv.Itoa(r.Devices) }},
+				{"files enter", func(r schema.PlanFiles) string { return planned(r.Enter, r.How) }},
+				{"files leave", func(r schema.PlanFiles) string { return planned(r.Leave, r.How) }},
+				{"size of what enters", func(r schema.PlanFiles) string {
+					if r.How == schema.PlanUnknown {
+						return planned(0, r.How)
+					}
+					return human(r.Bytes)
 				}},
 			})
 		})
@@ -171,6 +184,14 @@ func (a *app) printPlan(w io.Writer, p *schema.Plan) error {
 		a.say("set %s: its %d devices get all of its rows anew, since tables, columns or rights are others; unsent changes stay", r.Set, r.Devices)
 	}
 	return nil
+}
+
+// fromTo names a set before and after; empty: none.
+func fromTo(was, is string) string {
+	if was == is {
+		return is
+	}
+	return orDash(was) + " -> " + orDash(is)
 }
 
 // planned is a number of rows and how far it can be trusted.

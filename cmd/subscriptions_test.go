@@ -2,8 +2,10 @@ package cmd
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -260,5 +262,65 @@ func TestSubscriptionsPlan(t *testing.T) {
 	}
 	if got := o.at(o.mirror, "SELECT coalesce(to_regclass('vn.more')::text, 'none')"); got != "none" {
 		t.Errorf("plan made a table")
+	}
+}
+
+// TestPlanOfFiles: a plan names what changes of file subscriptions, and counts the files that enter and leave, with their size.
+func TestPlanOfFiles(t *testing.T) {
+	o := newOperator(t)
+	o.init()
+	files := "files:\n  manuals: {path: manuals/**}\n  photos: {path: 'photos/{key}/**', rows: 'select :user'}\n"
+	with := func(files, set string) string {
+		return strings.Replace(strings.Replace(nurse.Definitions(), "sets:\n", files+"sets:\n", 1), "field: [", "field: ["+set, 1)
+	}
+	first := with(files, "manuals, photos, ")
+	stop := o.serve(first, "health.listen=")
+	defer stop()
+	for i, p := range nurse.Nurses(2) {
+		o.at(o.mirror, "INSERT INTO waystage.app_user (name, password_hash, groups) VALUES ('"+p.Login+"', '!', '{nurses}')")
+		for d := range i + 1 { // the second has two devices
+			o.at(o.mirror, "INSERT INTO waystage.device (user_name, name) VALUES ('"+p.Login+"', 'd"+strconv.Itoa(d)+"')")
+		}
+		o.at(o.mirror, fmt.Sprintf(`WITH b AS (INSERT INTO waystage.blob (sha256, size, chunks) VALUES (sha256('photo %[1]d'), 1000, '{}') RETURNING sha256)
+			INSERT INTO waystage.file (path, sha256, size) SELECT 'photos/%[2]s/' || n || '.jpg', sha256, 1000 FROM b, generate_series(1, 3) n`, i, p.Login))
+	}
+	o.at(o.mirror, `WITH b AS (INSERT INTO waystage.blob (sha256, size, chunks) VALUES (sha256('manual'), 50, '{}') RETURNING sha256)
+		INSERT INTO waystage.file (path, sha256, size) SELECT 'manuals/' || n || '.pdf', sha256, 50 FROM b, generate_series(1, 4) n`)
+	o.at(o.mirror, `INSERT INTO waystage.file (path) VALUES ('manuals/removed.pdf')`)
+
+	if got := o.run(exitOK, "", "subscriptions plan "+o.write("same.yaml", first)); !strings.Contains(got.err, "nothing would change") {
+		t.Errorf("%+v", got)
+	}
+	next := strings.Replace(first, "rows: 'select :user'", "rows: \"select 'nobody' union select n.login from vn.nurse n where n.login <> :user and n.id <= 2\"", 1)
+	next = strings.Replace(next, "path: manuals/**", "path: manuals/1*", 1)
+	file := o.write("next.yaml", next)
+	plan := data[schema.Plan](o, exitDiffers, "subscriptions plan -o json "+file)
+	want := []schema.PlanFiles{
+		{Subscription: "manuals", Was: "field", Set: "field", Users: 2, Devices: 3, Leave: 3 * 3, How: schema.PlanExact},
+		{Subscription: "photos", Was: "field", Set: "field", Users: 2, Devices: 3, Enter: 3 * 3, Leave: 3 * 3, Bytes: 3 * 3 * 1000, How: schema.PlanExact},
+	}
+	if !slices.Equal(plan.Files, want) || plan.Users != 2 || plan.Devices != 3 {
+		t.Errorf("%+v\nwant %+v", plan.Files, want)
+	}
+	var changed []string
+	for _, c := range plan.Changes {
+		changed = append(changed, c.Kind+" "+c.Name+": "+c.Action)
+	}
+	if !slices.Equal(changed, []string{"file subscription manuals: change", "file subscription photos: change"}) {
+		t.Errorf("%q", changed)
+	}
+	got := o.run(exitDiffers, "", "subscriptions plan "+file)
+	for _, want := range []string{"file subscription photos", "path: manuals/** -> manuals/1*", "photos", "8.8 KiB"} {
+		if !strings.Contains(got.out, want) {
+			t.Errorf("%q is missing in\n%s", want, got.out)
+		}
+	}
+	// Gone altogether, and no time to count.
+	without := o.write("without.yaml", nurse.Definitions())
+	if plan := data[schema.Plan](o, exitDiffers, "subscriptions plan -o json "+without); len(plan.Files) != 2 || plan.Files[0].Leave != 4*3 || plan.Files[0].Set != "" || plan.Files[1].Leave != 3*3 {
+		t.Errorf("%+v", plan.Files)
+	}
+	if plan := data[schema.Plan](o, exitDiffers, "subscriptions plan -o json --within 1ns "+without); len(plan.Files) != 2 || plan.Files[0].How != schema.PlanUnknown {
+		t.Errorf("%+v", plan.Files)
 	}
 }

@@ -21,6 +21,7 @@ type Plan struct {
 	Changes []PlanChange  `json:"changes"` // of the definitions
 	Tables  []PlanTable   `json:"tables"`  // that would be copied, or kept for nobody
 	Rows    []PlanRows    `json:"rows"`    // that enter and leave devices
+	Files   []PlanFiles   `json:"files"`   // that enter and leave devices
 	Refresh []PlanRefresh `json:"refresh"` // sets whose devices get all rows anew
 	Built   []PlanBuilt   `json:"built"`   // devices by what their applications were built for
 	Uploads []PlanUpload  `json:"uploads"` // records on their way to the merge that would be rejected
@@ -31,7 +32,7 @@ type Plan struct {
 
 // PlanChange is a difference between two versions of the definitions.
 type PlanChange struct {
-	Kind   string   `json:"kind"` // subscription, set, group
+	Kind   string   `json:"kind"` // subscription, file subscription, set, group
 	Name   string   `json:"name"`
 	Action string   `json:"action"`         // add, remove, change
 	Keys   []string `json:"keys,omitempty"` // of a change: "key: old -> new"
@@ -102,11 +103,11 @@ func MakePlan(ctx context.Context, o PlanOptions) (*Plan, error) {
 		return nil, err
 	}
 	p := &planner{PlanOptions: o, old: old, stored: byFullName(stored), live: byFullName(o.Tables), deadline: time.Now().Add(o.Within),
-		out: &Plan{From: v.Number, Changes: difference(old, o.Definitions), Tables: []PlanTable{}, Rows: []PlanRows{}, Refresh: []PlanRefresh{}, Built: []PlanBuilt{}, Uploads: []PlanUpload{}}}
+		out: &Plan{From: v.Number, Changes: difference(old, o.Definitions), Tables: []PlanTable{}, Rows: []PlanRows{}, Files: []PlanFiles{}, Refresh: []PlanRefresh{}, Built: []PlanBuilt{}, Uploads: []PlanUpload{}}}
 	if p.out.Empty() {
 		return p.out, nil
 	}
-	for _, step := range []func(context.Context) error{p.tables, p.members, p.built, p.rows, p.uploads} {
+	for _, step := range []func(context.Context) error{p.tables, p.members, p.built, p.rows, p.countFiles, p.uploads} {
 		if err := step(ctx); err != nil {
 			return nil, err
 		}
@@ -149,9 +150,12 @@ func difference(old, new *Definitions) []PlanChange {
 			}
 		}
 	}
-	names := func(d *Definitions) (subs, sets, groups []string) {
+	names := func(d *Definitions) (subs, files, sets, groups []string) {
 		for _, s := range d.Subscriptions {
 			subs = append(subs, s.Name)
+		}
+		for _, f := range d.Files {
+			files = append(files, f.Name)
 		}
 		for _, s := range d.Sets {
 			sets = append(sets, s.Name)
@@ -159,15 +163,20 @@ func difference(old, new *Definitions) []PlanChange {
 		for _, g := range d.Groups {
 			groups = append(groups, g.Name)
 		}
-		return subs, sets, groups
+		return subs, files, sets, groups
 	}
-	oldSubs, oldSets, oldGroups := names(old)
-	newSubs, newSets, newGroups := names(new)
+	oldSubs, oldFiles, oldSets, oldGroups := names(old)
+	newSubs, newFiles, newSets, newGroups := names(new)
 	compare("subscription", oldSubs, newSubs, func(d *Definitions, name string) settings {
 		s := d.subscription(name)
 		columns := orElse(strings.Join(s.Columns, ", "), "all")
 		return settings{{"table", s.Table}, {"columns", columns}, {"key", s.Key}, {"rows", strings.Join(strings.Fields(s.Rows), " ")}, {"direction", string(s.Direction)},
-			{"allow", s.Allow}, {"reject", string(s.Reject)}, {"conflict", strings.TrimSpace(string(s.Conflict) + " " + s.Function)}}
+			{"allow", s.Allow}, {"reject", string(s.Reject)}, {"conflict", strings.TrimSpace(string(s.Conflict) + " " + s.Function)},
+			{"file_column", s.FileColumn}, {"file", s.File}}
+	})
+	compare("file subscription", oldFiles, newFiles, func(d *Definitions, name string) settings {
+		f := d.file(name).settings()
+		return settings{{"path", f.path}, {"rows", f.rows}, {"upload", strconv.FormatBool(f.upload)}, {"max_size", strconv.FormatInt(f.maxSize, 10)}}
 	})
 	compare("set", oldSets, newSets, func(d *Definitions, name string) settings {
 		s := d.Set(name)
@@ -196,6 +205,7 @@ type planner struct {
 	stored, live map[string]*Table // the mirror's and the source's
 	deadline     time.Time
 	moves        []*move
+	files        []*fileMove
 	out          *Plan
 }
 
@@ -274,7 +284,7 @@ func (p *planner) members(ctx context.Context) error {
 	refreshed := map[string]bool{}
 	for _, u := range users {
 		before, after := placesOf(p.old, u.Groups), placesOf(p.Definitions, u.Groups)
-		touched := !slices.Equal(p.old.SetsFor(u.Groups), p.Definitions.SetsFor(u.Groups))
+		touched := p.filesOf(u) || !slices.Equal(p.old.SetsFor(u.Groups), p.Definitions.SetsFor(u.Groups))
 		names := slices.Sorted(func(yield func(string) bool) {
 			for t := range before {
 				if !yield(t) {
@@ -511,16 +521,25 @@ func late(err error) bool {
 
 // bounded runs a query as the reader, in what is left of the time.
 func (p *planner) bounded(ctx context.Context, fn func(pgx.Tx) error) error {
-	left := time.Until(p.deadline)
-	if left < time.Millisecond {
-		return errLate
+	left, err := p.left()
+	if err != nil {
+		return err
 	}
 	return asReader(ctx, p.Mirror, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, fmt.Sprintf("SET LOCAL statement_timeout = %d", left.Milliseconds())); err != nil {
+		if _, err := tx.Exec(ctx, left); err != nil {
 			return err
 		}
 		return fn(tx)
 	})
+}
+
+// left is a statement that bounds those after it to what is left of the time.
+func (p *planner) left() (string, error) {
+	left := time.Until(p.deadline)
+	if left < time.Millisecond {
+		return "", errLate
+	}
+	return fmt.Sprintf("SET LOCAL statement_timeout = %d", left.Milliseconds()), nil
 }
 
 // uploads judges what is staged now by the new definitions.
