@@ -191,6 +191,20 @@ func at(t *time.Time) string {
 	return t.Local().Format(time.DateTime) + ", " + ago(t)
 }
 
+// refreshed says how far an order to send everything anew is.
+func refreshed(f registry.Refresh) string {
+	what := "everything"
+	if f.Set != "" {
+		what = "set " + f.Set
+	}
+	state := map[string]string{"waiting": "waits for the next sync", "sent": "sent, and not confirmed yet", "done": "done"}[f.State]
+	text := fmt.Sprintf("%s: %s; ordered %s by %s", what, state, at(&f.AskedAt), f.Who)
+	if f.Note != "" {
+		text += ": " + f.Note
+	}
+	return text
+}
+
 func (a *app) printDevice(d registry.DeviceDetail) error {
 	line := func(what, text string) { fmt.Fprintf(a.out, "%s: %s\n", what, clean(text)) }
 	state := deviceState(d.Device)
@@ -240,6 +254,9 @@ func (a *app) printDevice(d registry.DeviceDetail) error {
 	}
 	line("forked", forks)
 	line("incarnations", strconv.Itoa(len(d.Incarnations)))
+	for _, f := range d.Refreshes {
+		line("refresh", refreshed(f))
+	}
 	if len(d.Sets) == 0 {
 		return nil
 	}

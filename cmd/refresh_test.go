@@ -49,6 +49,12 @@ func TestRefreshAndExplain(t *testing.T) {
 	if len(list) != 1 || list[0].State != "waiting" || list[0].Who != "boss" || list[0].Set != "field" {
 		t.Fatalf("%+v", list)
 	}
+	if d := data[registry.DeviceDetail](o, exitOK, "devices show amina/phone -o json"); len(d.Refreshes) != 1 || d.Refreshes[0] != list[0] {
+		t.Errorf("%+v", d.Refreshes)
+	}
+	if got := o.run(exitOK, "", "devices show amina/phone").out; !strings.Contains(got, "refresh: set field: waits for the next sync; ordered") {
+		t.Errorf("show:\n%s", got)
+	}
 	if e := explain(id); e.Outcome != stages.Comes || !strings.Contains(e.Summary, "sends everything") {
 		t.Errorf("%+v", e)
 	}

@@ -37,6 +37,7 @@ type BuiltFor struct {
 // querier is a pool or a transaction.
 type querier interface {
 	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }
 
@@ -133,6 +134,7 @@ type DeviceDetail struct {
 	RejectsOpen int64 `json:"rejects_open"` // that nobody has dealt with
 
 	Sets         []DeviceSet   `json:"sets"`
+	Refreshes    []Refresh     `json:"refreshes"`    // the last order that each set is under
 	Incarnations []Incarnation `json:"incarnations"` // newest first, at most 20
 }
 
@@ -212,6 +214,9 @@ func (r *Registry) Device(ctx context.Context, user, device string) (DeviceDetai
 		return s, err
 	}); err != nil {
 		return d, wrap("show device", err)
+	}
+	if d.Refreshes, err = refreshes(ctx, tx, user, device); err != nil {
+		return d, err
 	}
 	if rows, err = tx.Query(ctx, `SELECT id, created_at, last_n FROM waystage.incarnation WHERE device_id = $1 ORDER BY created_at DESC LIMIT 20`, d.ID); err != nil {
 		return d, wrap("show device", err)

@@ -78,7 +78,11 @@ func (r *Registry) OrderRefresh(ctx context.Context, o RefreshOrder) (id int64, 
 
 // Refreshes tells of the last order that each device and set is under, by device; of all devices, or those of a user, or one.
 func (r *Registry) Refreshes(ctx context.Context, user, device string) ([]Refresh, error) {
-	rows, err := r.pool.Query(ctx, `
+	return refreshes(ctx, r.pool, user, device)
+}
+
+func refreshes(ctx context.Context, db querier, user, device string) ([]Refresh, error) {
+	rows, err := db.Query(ctx, `
 		SELECT o.id, d.user_name, d.name, coalesce(k.set_name, ''), o.subscription, o.asked_at, o.who, o.note, CASE
 				WHEN coalesce(k.refresh, 0) < o.id THEN 'waiting'
 				WHEN EXISTS (SELECT FROM waystage.cursor c LEFT JOIN waystage.session s ON s.id = c.session_id
