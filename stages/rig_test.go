@@ -101,6 +101,8 @@ func TestStages(t *testing.T) {
 		"two files of one device": testTwoFiles,
 		"reset and removed":       testResetAndRemoved,
 		"another key is wanted":   testNewKeyWanted,
+		// window_test.go
+		"window": testWindow,
 		// reply_test.go
 		"download":             testDownload,
 		"commits overtake":     testCommitsOvertake,
