@@ -85,19 +85,14 @@ func partOf(seat leader.Seat) string {
 	return "apply-down"
 }
 
-// connectMirror opens the connection that applies. Joins with small sets must go by the index: at batch sizes the planner
-// would read the whole table otherwise.
+// connectMirror opens the connection that applies.
 func connectMirror(ctx context.Context, dsn, app string) (*pgx.Conn, error) {
 	cfg, err := schema.ConnConfig(dsn, app)
 	if err != nil {
 		return nil, fmt.Errorf("mirror: %w", err)
 	}
-	for k, v := range map[string]string{
-		"enable_hashjoin": "off", "enable_mergejoin": "off", "plan_cache_mode": "force_generic_plan", "jit": "off", "max_parallel_workers_per_gather": "0",
-		"idle_in_transaction_session_timeout": "10min",
-	} {
-		cfg.RuntimeParams[k] = v
-	}
+	schema.ByIndex(cfg)
+	cfg.RuntimeParams["idle_in_transaction_session_timeout"] = "10min"
 	conn, err := pgx.ConnectConfig(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the mirror: %w", err)

@@ -21,7 +21,7 @@ import (
 
 // openPool opens a pool with canonical settings (rule R5) and checks that the database answers. size 0 takes pgx's
 // default.
-func openPool(ctx context.Context, name, dsn string, size int) (*pgxpool.Pool, error) {
+func openPool(ctx context.Context, name, dsn string, size int, settings ...func(*pgx.ConnConfig)) (*pgxpool.Pool, error) {
 	fail := func(err error, remedy string) error {
 		return &failure{code: codeFor(err), what: "cannot connect to the " + name + " database", where: redactDSN(dsn), err: err, remedy: remedy}
 	}
@@ -32,6 +32,9 @@ func openPool(ctx context.Context, name, dsn string, size int) (*pgxpool.Pool, e
 	}
 	if size > 0 {
 		c.MaxConns = int32(size)
+	}
+	for _, set := range settings {
+		set(c.ConnConfig)
 	}
 	pool, err := pgxpool.NewWithConfig(ctx, c)
 	if err != nil {

@@ -87,6 +87,11 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	} else if !stored && fileErr != nil {
 		return fileErr
 	}
+	staging, err := openPool(ctx, "mirror", c.Mirror.DSN, c.stageConnections(), schema.ByIndex)
+	if err != nil {
+		return err
+	}
+	defer staging.Close()
 	source, err := openPool(ctx, "source", c.Source.DSN, 4)
 	if err != nil {
 		return err
@@ -185,12 +190,12 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	limits := protocol.DefaultLimits()
 	limits.Decompressed, limits.Changes, limits.Row = int(c.Limits.Session), c.Limits.Records, int(c.Limits.Row)
 	limits.Encoded = min(limits.Encoded, limits.Decompressed)
-	intake := stages.NewIntake(stages.IntakeConfig{Limits: limits}, mirror, current, input{q}, q, kick, log.Named("intake"))
-	merge := stages.NewMerge(stages.MergeConfig{}, mirror, current, kick, log.Named("merge"))
-	reply := stages.NewReply(stages.ReplyConfig{PageSize: int(c.Limits.Page), WaitSource: time.Duration(c.Reply.WaitSource)}, mirror, current, q, log.Named("reply"))
+	intake := stages.NewIntake(stages.IntakeConfig{Limits: limits}, staging, current, input{q}, q, kick, log.Named("intake"))
+	merge := stages.NewMerge(stages.MergeConfig{}, staging, current, kick, log.Named("merge"))
+	reply := stages.NewReply(stages.ReplyConfig{PageSize: int(c.Limits.Page), WaitSource: time.Duration(c.Reply.WaitSource)}, staging, current, q, log.Named("reply"))
 	watch := stages.NewWatch(stages.WatchConfig{}, reply, log.Named("watch"))
 	sup.Go(func() error { return watch.Run(support) })
-	sessions := stages.NewSessions(mirror)
+	sessions := stages.NewSessions(staging)
 	// A pool of their own: who fetches many files must not take the connections of the rows.
 	filesPool, err := openPool(ctx, "mirror", c.Mirror.DSN, 4)
 	if err != nil {
@@ -300,11 +305,12 @@ func await(ctx context.Context, signal <-chan struct{}, atMost time.Duration) {
 	}
 }
 
-// mirrorConnections is how many connections to the mirror this process's stages use at the same time.
-func (c *Config) mirrorConnections() int {
-	p := c.Pools
-	return p.Intake + p.Merge + p.Reply + p.Gateway + 13
-}
+// stageConnections is how many connections to the mirror this process's stages use at the same time: one a worker, and those of
+// who watches and of who closes sessions and tells of them.
+func (c *Config) stageConnections() int { return c.Pools.Intake + c.Pools.Merge + c.Pools.Reply + 4 }
+
+// mirrorConnections is how many everything else uses.
+func (c *Config) mirrorConnections() int { return c.Pools.Gateway + 11 }
 
 // forwardKicks wakes pools when there is work, and when their settings have changed.
 func forwardKicks(ctx context.Context, g *errgroup.Group, q *queue.Queue, pools []*stages.Pool) error {

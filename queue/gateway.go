@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"strconv"
 	"strings"
 	"sync"
@@ -128,13 +129,15 @@ type shift struct {
 	filing  filing        // calls about files
 
 	mu      sync.Mutex
-	waiting map[string][]chan struct{} // by ready subject: held gets
+	waiting map[string][]chan *nats.Msg // by ready subject: held gets
+	sent    map[string]time.Time        // by ready subject: requests that this gateway has put and heard no reply of
+	swept   time.Time                   // when sent was last cleared of old ones
 }
 
 // Run serves until ctx ends, then answers the calls that it has taken. It may run several times at once.
 func (g *Gateway) Run(ctx context.Context) error {
 	s := &shift{Gateway: g, ctx: ctx, storing: make(chan struct{}, g.cfg.MaxStoring),
-		doing: make(chan struct{}, maxDoing), filing: filing{of: map[string]int{}}, waiting: map[string][]chan struct{}{}}
+		doing: make(chan struct{}, maxDoing), filing: filing{of: map[string]int{}}, waiting: map[string][]chan *nats.Msg{}, sent: map[string]time.Time{}}
 	err := s.serve()
 	if ctx.Err() != nil {
 		return nil
@@ -156,14 +159,19 @@ func (s *shift) serve() error {
 	defer closeConn(notices)
 
 	// Each gateway wakes its own held gets; one of them all forwards the notice.
-	wake, err := s.q.app.Subscribe("ws.ready.>", func(m *nats.Msg) { s.wake(m.Subject) })
+	wake, err := s.q.app.Subscribe("ws.ready.>", s.wake)
 	if err != nil {
 		return fmt.Errorf("queue: gateway: %w", err)
 	}
 	defer func() { _ = wake.Unsubscribe() }()
 	forward, err := s.q.app.QueueSubscribe("ws.ready.*.*.*", "notify", func(m *nats.Msg) {
 		t := strings.Split(m.Subject, ".")
-		if err := notices.Publish(protocol.NoticeSubject(t[2], t[3]), m.Data); err != nil {
+		pages, _ := strconv.Atoi(m.Header.Get(headerPages)) // of our own making
+		body, err := json.Marshal(Notice{Session: t[4], Pages: pages})
+		if err == nil {
+			err = notices.Publish(protocol.NoticeSubject(t[2], t[3]), body)
+		}
+		if err != nil {
 			s.log.Debug("a notice was not sent", zap.String("subject", m.Subject), zap.Error(err))
 		}
 	})
@@ -340,18 +348,17 @@ func (s *shift) put(c *call) {
 		c.busy(nil)
 		return
 	}
-	m := &nats.Msg{Subject: inSubject(c.user, c.device, c.args[0], c.args[1]), Data: data, Header: nats.Header{}}
-	m.Header.Set(protocol.HeaderContentType, contentType)
-	if encoding != protocol.Identity {
-		m.Header.Set(protocol.HeaderContentEncoding, encoding)
-	}
+	m := &nats.Msg{Subject: inSubject(c.user, c.device, c.args[0], c.args[1]), Data: data, Header: contentHeader(contentType, encoding)}
 	// Ids are known in the whole stream: the identity in front keeps devices apart. The content is in it because the same
 	// part with other bytes is not a retry: intake must see it to refuse it.
 	sum := sha256.Sum256(data)
 	m.Header.Set(nats.MsgIdHdr, c.user+"/"+c.device+"/"+c.args[0]+"/"+c.args[1]+"/"+hex.EncodeToString(sum[:8]))
+	ready := readySubject(c.user, c.device, c.args[0])
+	s.putting(ready)
 	stored, err := s.q.js.PublishMsgAsync(m, jetstream.WithStallWait(10*time.Millisecond))
 	if err != nil {
 		<-s.storing
+		s.answered(ready)
 		c.busy(err)
 		return
 	}
@@ -360,6 +367,7 @@ func (s *shift) put(c *call) {
 		select {
 		case a := <-stored.Ok():
 			if a.Duplicate {
+				s.answered(ready) // maybe long ago
 				if a, err = s.again(m, a); err != nil {
 					c.busy(err)
 					return
@@ -367,6 +375,7 @@ func (s *shift) put(c *call) {
 			}
 			c.answer(protocol.Receipt{Stored: true, Sequence: a.Sequence, Duplicate: a.Duplicate})
 		case err := <-stored.Err():
+			s.answered(ready)
 			c.busy(err)
 		}
 	}) {
@@ -379,7 +388,7 @@ func (s *shift) put(c *call) {
 func (s *shift) again(m *nats.Msg, a *jetstream.PubAck) (*jetstream.PubAck, error) {
 	ctx, cancel := bounded(context.WithoutCancel(s.ctx))
 	defer cancel()
-	in, err := s.q.js.Stream(ctx, StreamIn)
+	in, err := s.q.stream(ctx, StreamIn)
 	if err != nil {
 		return nil, err
 	}
@@ -437,34 +446,43 @@ func (s *shift) held(c *call, wait func()) {
 
 func (s *shift) hold(c *call, page int) {
 	subject := outSubject(c.user, c.device, c.args[0], page)
+	give := func(m *nats.Msg) {
+		h := micro.Headers{protocol.HeaderContentType: {m.Header.Get(protocol.HeaderContentType)}}
+		if e := m.Header.Get(protocol.HeaderContentEncoding); e != "" {
+			h[protocol.HeaderContentEncoding] = []string{e}
+		}
+		s.rates.spend(c.user, c.device, len(m.Data))
+		if err := c.r.Respond(m.Data, micro.WithHeaders(h)); err != nil {
+			s.log.Debug("a page was not sent", zap.String("subject", c.r.Subject()), zap.Error(err))
+		}
+	}
 	end := time.NewTimer(s.cfg.Hold)
 	defer end.Stop()
 	again := time.NewTicker(s.cfg.Hold/2 + time.Millisecond) // a wake-up may be lost
 	defer again.Stop()
 	for {
-		ready, forget := s.await(readySubject(c.user, c.device, c.args[0])) // before looking, so that nothing falls between
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(s.ctx), s.cfg.Hold+2*time.Second)
-		m, err := s.q.page(ctx, subject)
-		cancel()
-		if err == nil {
-			forget()
-			h := micro.Headers{protocol.HeaderContentType: {m.Header.Get(protocol.HeaderContentType)}}
-			if e := m.Header.Get(protocol.HeaderContentEncoding); e != "" {
-				h[protocol.HeaderContentEncoding] = []string{e}
+		ready, early, forget := s.await(readySubject(c.user, c.device, c.args[0])) // before looking, so that nothing falls between
+		if !early {
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(s.ctx), s.cfg.Hold+2*time.Second)
+			m, err := s.q.page(ctx, subject)
+			cancel()
+			if err == nil {
+				forget()
+				give(m)
+				return
 			}
-			s.rates.spend(c.user, c.device, len(m.Data))
-			if err := c.r.Respond(m.Data, micro.WithHeaders(h)); err != nil {
-				s.log.Debug("a page was not sent", zap.String("subject", c.r.Subject()), zap.Error(err))
+			if !errors.Is(err, errNoPage) {
+				forget()
+				c.refuseError(err)
+				return
 			}
-			return
-		}
-		if !errors.Is(err, errNoPage) {
-			forget()
-			c.refuseError(err)
-			return
 		}
 		select {
-		case <-ready:
+		case m := <-ready:
+			if page == 1 && len(m.Data) > 0 {
+				give(m)
+				return
+			}
 			continue
 		case <-again.C:
 			forget()
@@ -478,13 +496,17 @@ func (s *shift) hold(c *call, page int) {
 	}
 }
 
-// await registers a held get. The channel closes when the reply is ready; forget takes it back.
-func (s *shift) await(subject string) (ready <-chan struct{}, forget func()) {
-	ch := make(chan struct{})
+// await registers a held get. The channel gets the news that the reply is ready; forget takes it back. early tells that the request
+// went through this gateway just now and no reply has been heard of: looking for one would be in vain. Should the news have been lost,
+// the get looks when it asks again.
+func (s *shift) await(subject string) (ready <-chan *nats.Msg, early bool, forget func()) {
+	ch := make(chan *nats.Msg, 1)
 	s.mu.Lock()
 	s.waiting[subject] = append(s.waiting[subject], ch)
+	_, early = s.sent[subject]
+	delete(s.sent, subject) // the next time it looks
 	s.mu.Unlock()
-	return ch, func() {
+	return ch, early, func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		list := s.waiting[subject]
@@ -501,14 +523,35 @@ func (s *shift) await(subject string) (ready <-chan struct{}, forget func()) {
 	}
 }
 
-func (s *shift) wake(subject string) {
+// wake tells held gets, each once, that a reply is ready.
+func (s *shift) wake(m *nats.Msg) {
 	s.mu.Lock()
-	list := s.waiting[subject]
-	delete(s.waiting, subject)
+	list := s.waiting[m.Subject]
+	delete(s.waiting, m.Subject)
+	delete(s.sent, m.Subject)
 	s.mu.Unlock()
 	for _, ch := range list {
-		close(ch)
+		ch <- m
 	}
+}
+
+// putting notes that a request is on its way, before there can be a reply to it.
+func (s *shift) putting(subject string) {
+	now := time.Now()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now.Sub(s.swept) > s.cfg.Hold {
+		s.swept = now
+		maps.DeleteFunc(s.sent, func(_ string, at time.Time) bool { return now.Sub(at) > s.cfg.Hold }) // their devices ask elsewhere, or have gone
+	}
+	s.sent[subject] = now
+}
+
+// answered forgets a request of which there may be a reply.
+func (s *shift) answered(subject string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.sent, subject)
 }
 
 // ack removes a reply that the device has applied.

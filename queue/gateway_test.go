@@ -67,7 +67,7 @@ func TestSessionThroughTheGateway(t *testing.T) {
 		}
 	}
 	began := time.Now()
-	if err := b.q.Ready("alice", "phone", session(1), 3); err != nil {
+	if err := b.q.Ready("alice", "phone", session(1), 3, "application/cbor", "zstd", nil); err != nil {
 		t.Fatal(err)
 	}
 	m := <-got
@@ -86,6 +86,27 @@ func TestSessionThroughTheGateway(t *testing.T) {
 	}
 	if n, err := b.q.Pages(within(t), "alice", "phone", session(1)); n != 3 || err != nil {
 		t.Fatal(n, err)
+	}
+
+	// Put, then get at once: the page that comes with the news is the answer, stored or not.
+	if r := d.put(session(3), "1-1", []byte("request"), nil); !r.Stored {
+		t.Fatalf("receipt %+v", r)
+	}
+	go func() { got <- d.ask("get", nil, nil, session(3), "1") }()
+	eventually(t, "held get", func() error {
+		if b.gw.Stats().Held != 1 {
+			return errors.New("not held")
+		}
+		return nil
+	})
+	if err := b.q.Ready("alice", "phone", session(3), 1, "application/cbor", "", []byte("told")); err != nil {
+		t.Fatal(err)
+	}
+	if m := <-got; string(m.Data) != "told" || m.Header.Get("Content-Type") != "application/cbor" || len(m.Header) != 1 {
+		t.Fatalf("page %q %v", m.Data, m.Header)
+	}
+	if err := b.q.AckAll(within(t), b.parts(1)); err != nil {
+		t.Fatal(err)
 	}
 
 	// Ack: this session's pages go, no other's.

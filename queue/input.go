@@ -144,7 +144,7 @@ func (p *Part) Series(ctx context.Context) (all []*Part, missing int, err error)
 		}
 	}
 	first, cancel := bounded(ctx)
-	s, err := p.q.js.Stream(first, StreamIn)
+	s, err := p.q.stream(first, StreamIn)
 	cancel()
 	if err != nil {
 		return nil, 0, fmt.Errorf("queue: look up series: %w", err)
@@ -189,7 +189,7 @@ func (p *Part) Ack(ctx context.Context) error {
 }
 
 func (p *Part) remove(ctx context.Context) error {
-	s, err := p.q.js.Stream(ctx, StreamIn)
+	s, err := p.q.stream(ctx, StreamIn)
 	if err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 
 	"github.com/nats-io/nats.go"
@@ -16,38 +17,69 @@ import (
 
 // PutPage stores one page of a reply, encoded, and returns when the queue has it. A page that is there is replaced.
 func (q *Queue) PutPage(ctx context.Context, user, device, session string, page int, contentType, encoding string, data []byte) error {
-	ctx, cancel := bounded(ctx)
-	defer cancel()
+	return q.StartPage(user, device, session, page, contentType, encoding, data)(ctx)
+}
+
+// StartPage begins to store a page, as PutPage does. The queue has it when stored, which must be called, returns without an error.
+// Many pages on their way at once cost the broker and the network little more than one.
+func (q *Queue) StartPage(user, device, session string, page int, contentType, encoding string, data []byte) (stored func(context.Context) error) {
+	failed := func(err error) error {
+		q.heal(err)
+		return fmt.Errorf("queue: put page %d for %s/%s: %w", page, user, device, err)
+	}
+	if err := checkNames(user, device, session); err != nil {
+		return func(context.Context) error { return err }
+	}
+	m := &nats.Msg{Subject: outSubject(user, device, session, page), Data: data, Header: contentHeader(contentType, encoding)}
+	f, err := q.js.PublishMsgAsync(m)
+	if err != nil {
+		return func(context.Context) error { return failed(err) }
+	}
+	return func(ctx context.Context) error {
+		ctx, cancel := bounded(ctx)
+		defer cancel()
+		select {
+		case <-f.Ok():
+			return nil
+		case err := <-f.Err():
+			return failed(err)
+		case <-ctx.Done():
+			return failed(ctx.Err())
+		}
+	}
+}
+
+func contentHeader(contentType, encoding string) nats.Header {
+	h := nats.Header{protocol.HeaderContentType: {contentType}}
+	if encoding != protocol.Identity {
+		h[protocol.HeaderContentEncoding] = []string{encoding}
+	}
+	return h
+}
+
+// mostTold is the largest page that goes along with the news that it is stored.
+const mostTold = 8 << 10
+
+// Ready tells the gateways that a reply is complete: held calls are answered, a connected device gets a notice. It may be
+// lost; a device asks again by itself. only is the page of a reply that has no other, nil if it is not at hand: a gateway
+// that is asked for it then need not look it up.
+func (q *Queue) Ready(user, device, session string, pages int, contentType, encoding string, only []byte) error {
 	if err := checkNames(user, device, session); err != nil {
 		return err
 	}
-	m := &nats.Msg{Subject: outSubject(user, device, session, page), Data: data, Header: nats.Header{}}
-	m.Header.Set(protocol.HeaderContentType, contentType)
-	if encoding != protocol.Identity {
-		m.Header.Set(protocol.HeaderContentEncoding, encoding)
+	m := &nats.Msg{Subject: readySubject(user, device, session), Header: nats.Header{}}
+	if pages == 1 && len(only) > 0 && len(only) <= mostTold {
+		m.Header, m.Data = contentHeader(contentType, encoding), only
 	}
-	if _, err := q.js.PublishMsg(ctx, m); err != nil {
-		q.heal(err)
-		return fmt.Errorf("queue: put page %d for %s/%s: %w", page, user, device, err)
+	m.Header[headerPages] = []string{strconv.Itoa(pages)}
+	if err := q.app.PublishMsg(m); err != nil {
+		return fmt.Errorf("queue: ready: %w", err)
 	}
 	return nil
 }
 
-// Ready tells the gateways that a reply is complete: held calls are answered, a connected device gets a notice. It may be
-// lost; a device asks again by itself.
-func (q *Queue) Ready(user, device, session string, pages int) error {
-	if err := checkNames(user, device, session); err != nil {
-		return err
-	}
-	body, err := json.Marshal(Notice{Session: session, Pages: pages})
-	if err != nil {
-		return fmt.Errorf("queue: ready: %w", err)
-	}
-	if err := q.app.Publish(readySubject(user, device, session), body); err != nil {
-		return fmt.Errorf("queue: ready: %w", err)
-	}
-	return nil
-}
+// headerPages says in a ready message how many pages the reply has.
+const headerPages = "Ws-Pages"
 
 // Notice is what a connected device hears on its notice subject.
 type Notice struct {
@@ -74,12 +106,13 @@ func (q *Queue) count(ctx context.Context, stream, filter string) (int, error) {
 func (q *Queue) subjects(ctx context.Context, stream, filter string) (map[string]uint64, error) {
 	ctx, cancel := bounded(ctx)
 	defer cancel()
-	s, err := q.js.Stream(ctx, stream)
+	s, err := q.stream(ctx, stream)
 	if err != nil {
 		return nil, fmt.Errorf("queue: count %s: %w", filter, err)
 	}
 	info, err := s.Info(ctx, jetstream.WithSubjectFilter(filter))
 	if err != nil {
+		q.heal(err)
 		return nil, fmt.Errorf("queue: count %s: %w", filter, err)
 	}
 	return info.State.Subjects, nil
@@ -92,7 +125,7 @@ func (q *Queue) PurgePages(ctx context.Context, user, device, session string) er
 	if err := checkNames(user, device, session); err != nil {
 		return err
 	}
-	s, err := q.js.Stream(ctx, StreamOut)
+	s, err := q.stream(ctx, StreamOut)
 	if err == nil {
 		err = s.Purge(ctx, jetstream.WithPurgeSubject("sync.out."+user+"."+device+"."+session+".>"))
 	}

@@ -76,6 +76,7 @@ type Queue struct {
 
 	mu      sync.Mutex
 	intake  jetstream.Consumer
+	handles map[string]jetstream.Stream
 	kicks   map[chan struct{}]struct{} // every Kicked channel, to be poked after a reconnect
 	healed  time.Time                  // last attempt to make lost streams again
 	healing sync.Mutex

@@ -98,10 +98,13 @@ func (q *Queue) streams() []jetstream.StreamConfig {
 func (q *Queue) ensure(ctx context.Context) error {
 	q.healing.Lock()
 	defer q.healing.Unlock()
+	made := map[string]jetstream.Stream{}
 	for _, cfg := range q.streams() {
-		if _, err := q.js.CreateOrUpdateStream(ctx, cfg); err != nil {
+		s, err := q.js.CreateOrUpdateStream(ctx, cfg)
+		if err != nil {
 			return fmt.Errorf("stream %s: %w", cfg.Name, err)
 		}
+		made[cfg.Name] = s
 	}
 	cons, err := q.js.CreateOrUpdateConsumer(ctx, StreamIn, jetstream.ConsumerConfig{
 		Durable:   intakeConsumer,
@@ -117,9 +120,20 @@ func (q *Queue) ensure(ctx context.Context) error {
 		return fmt.Errorf("consumer %s of stream %s: %w", intakeConsumer, StreamIn, err)
 	}
 	q.mu.Lock()
-	q.intake = cons
+	q.intake, q.handles = cons, made
 	q.mu.Unlock()
 	return nil
+}
+
+// stream is a stream's handle, which is asked of the broker once: it stays good when the stream is made again.
+func (q *Queue) stream(ctx context.Context, name string) (jetstream.Stream, error) {
+	q.mu.Lock()
+	s := q.handles[name]
+	q.mu.Unlock()
+	if s != nil {
+		return s, nil
+	}
+	return q.js.Stream(ctx, name)
 }
 
 // isFull tells whether a bounded stream refused a message.

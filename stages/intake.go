@@ -258,7 +258,7 @@ func (in *Intake) answer(ctx context.Context, r *incoming) error {
 	if err := in.output.PutPage(ctx, r.user, r.device, r.session, 1, contentType, encoding, body); err != nil {
 		return fmt.Errorf("publish the refusal of session %s: %w", r.session, err)
 	}
-	in.ready(r, 1)
+	in.ready(r, 1, contentType, encoding, body)
 	return nil
 }
 
@@ -275,7 +275,7 @@ func (in *Intake) reopen(ctx context.Context, back []*incoming) error {
 			return fmt.Errorf("look for the reply to session %s: %w", r.session, err)
 		}
 		if r.pages > 0 && stored >= r.pages {
-			in.ready(r, r.pages)
+			in.ready(r, r.pages, "", "", nil)
 		} else {
 			gone = append(gone, r.sessionID)
 		}
@@ -291,8 +291,8 @@ func (in *Intake) reopen(ctx context.Context, back []*incoming) error {
 }
 
 // ready tells the gateways of a reply, as a hint.
-func (in *Intake) ready(r *incoming, pages int) {
-	if err := in.output.Ready(r.user, r.device, r.session, pages); err != nil {
+func (in *Intake) ready(r *incoming, pages int, contentType, encoding string, only []byte) {
+	if err := in.output.Ready(r.user, r.device, r.session, pages, contentType, encoding, only); err != nil {
 		in.log.Warn("gateways were not told of a reply", zap.String("session", r.session), zap.Error(err))
 	}
 }

@@ -14,7 +14,7 @@ import (
 // stage judges open requests and stages those that are taken, in one transaction. It returns the redelivered ones that
 // have been replied to.
 func (in *Intake) stage(ctx context.Context, cat *Catalog, reqs []*incoming) (back []*incoming, err error) {
-	tx, err := in.db.BeginTx(ctx, byIndex(""))
+	tx, err := in.db.Begin(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("begin staging: %w", err)
 	}
@@ -47,13 +47,6 @@ func (in *Intake) stage(ctx context.Context, cat *Catalog, reqs []*incoming) (ba
 	return back, nil
 }
 
-// byIndex begins a transaction whose statements find rows by index only. Batches are small against the tables: a plan that
-// scans one, made while it was still empty and kept by the connection, costs more with every row (measured: three times
-// for merge, any factor for lookups). Parallel workers take longer to start (40 ms) than such a statement takes.
-func byIndex(mode string) pgx.TxOptions {
-	return pgx.TxOptions{BeginQuery: "BEGIN " + mode + "; SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; " +
-		"SET LOCAL enable_mergejoin = off; SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL jit = off; SET LOCAL max_parallel_workers_per_gather = 0"}
-}
 
 // rollback ends a transaction that was not committed; its own failure means that the connection is gone, and with
 // it the transaction.

@@ -157,6 +157,12 @@ func (q *memQueue) PutPage(ctx context.Context, user, device, session string, pa
 	return nil
 }
 
+func (q *memQueue) StartPage(user, device, session string, page int, contentType, encoding string, data []byte) func(context.Context) error {
+	return func(ctx context.Context) error {
+		return q.PutPage(ctx, user, device, session, page, contentType, encoding, data)
+	}
+}
+
 func (q *memQueue) Pages(_ context.Context, user, device, session string) (n int, err error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -168,7 +174,7 @@ func (q *memQueue) Pages(_ context.Context, user, device, session string) (n int
 	}
 }
 
-func (q *memQueue) Ready(user, device, session string, pages int) error {
+func (q *memQueue) Ready(user, device, session string, pages int, _, _ string, _ []byte) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.ready = append(q.ready, fmt.Sprintf("%s.%s.%s %d", user, device, session, pages))

@@ -107,7 +107,7 @@ type mergeSession struct {
 }
 
 func (b *mergeBatch) run(doing func(string)) (err error) {
-	if b.tx, err = b.m.db.BeginTx(b.ctx, byIndex("")); err != nil {
+	if b.tx, err = b.m.db.Begin(b.ctx); err != nil {
 		return fmt.Errorf("begin merging: %w", err)
 	}
 	defer rollback(b.tx)

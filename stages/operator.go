@@ -181,7 +181,7 @@ func (o *Operator) Discard(ctx context.Context, ids []int64, note string) ([]Att
 // for any other change. An update sends only the columns that the device had changed. A record that cannot be submitted is
 // told alone. [Operator.Follow] tells what becomes of the others.
 func (o *Operator) Retry(ctx context.Context, ids []int64, opt RetryOptions) ([]Attempt, error) {
-	tx, err := o.db.BeginTx(ctx, byIndex(""))
+	tx, err := o.db.Begin(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("retry: %w", err)
 	}

@@ -27,6 +27,9 @@ type pages struct {
 	size      int                // upper estimate of the page's encoded bytes
 
 	arena []byte // bytes of the row that is being read
+
+	stored func(context.Context) error // waits for the page that was started last; nil: it was waited for
+	only   []byte                      // the reply's page, if it has one
 }
 
 // pageError refuses a session whose reply cannot be sent.
@@ -185,7 +188,7 @@ func (p *pages) empty() bool {
 	return p.number == 1 && len(p.tables)+len(p.verdicts)+len(p.fileParts) == 0
 }
 
-// put encodes the current page and stores it.
+// put encodes the current page and stores it; the last one is on its way then.
 func (p *pages) put(ctx context.Context, last bool) error {
 	page := protocol.Page{}
 	if p.number == 1 {
@@ -206,26 +209,40 @@ func (p *pages) put(ctx context.Context, last bool) error {
 	if last {
 		page.Cursor, page.More = p.s.cursor, p.s.open
 	}
-	if err := p.store(ctx, &page); err != nil {
+	if err := p.start(&page); err != nil {
 		return err
 	}
 	if !last {
+		if err := p.wait(ctx); err != nil {
+			return err
+		}
 		p.number++
 		p.tables, p.verdicts, p.verify, p.fileParts, p.size = nil, nil, nil, nil, pageOverhead
 	}
 	return nil
 }
 
+// wait returns when the queue has the page that was started last.
+func (p *pages) wait(ctx context.Context) error {
+	if p.stored == nil {
+		return nil
+	}
+	stored := p.stored
+	p.stored = nil
+	return stored(ctx)
+}
+
 // refuse makes the refusal the only page.
-func (p *pages) refuse(ctx context.Context, e *protocol.Error) error {
+func (p *pages) refuse(e *protocol.Error) error {
 	p.number = 1
-	return p.store(ctx, &protocol.Page{
+	return p.start(&protocol.Page{
 		V: protocol.Version, Incarnation: p.s.incarnation, N: p.s.n, Nonce: p.s.nonce, Reply: p.reply, Page: 1, Last: true,
 		CursorFrom: p.s.cursorFrom, Epoch: p.epoch, Sets: p.first.Sets, Error: e,
 	})
 }
 
-func (p *pages) store(ctx context.Context, page *protocol.Page) error {
+// start encodes a page and begins to store it.
+func (p *pages) start(page *protocol.Page) error {
 	body, err := encodePage(page, p.s.contentType, p.s.encoding)
 	if err != nil {
 		return &sessionError{p.s.id, fmt.Errorf("encode page %d of session %s: %w", page.Page, p.s.token, err)}
@@ -233,8 +250,15 @@ func (p *pages) store(ctx context.Context, page *protocol.Page) error {
 	if len(body) > p.most && page.Error == nil {
 		return &pageError{p.tooBig(len(body))}
 	}
-	if err := p.out.PutPage(ctx, p.s.user, p.s.device, p.s.token, page.Page, p.s.contentType, p.s.encoding, body); err != nil {
-		return &sessionError{p.s.id, fmt.Errorf("publish page %d of session %s: %w", page.Page, p.s.token, err)}
+	stored := p.out.StartPage(p.s.user, p.s.device, p.s.token, page.Page, p.s.contentType, p.s.encoding, body)
+	p.stored = func(ctx context.Context) error {
+		if err := stored(ctx); err != nil {
+			return &sessionError{p.s.id, fmt.Errorf("publish page %d of session %s: %w", page.Page, p.s.token, err)}
+		}
+		return nil
+	}
+	if p.only = nil; page.Page == 1 && page.Last {
+		p.only = body
 	}
 	return nil
 }

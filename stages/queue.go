@@ -44,10 +44,13 @@ type Input interface {
 type Output interface {
 	// PutPage stores a page (from 1) in place of the one that had its number. It returns when the queue has it.
 	PutPage(ctx context.Context, user, device, session string, page int, contentType, encoding string, data []byte) error
+	// StartPage begins to do the same. The queue has the page when stored, which must be called, returns without an error.
+	StartPage(user, device, session string, page int, contentType, encoding string, data []byte) (stored func(context.Context) error)
 	// Pages counts the stored pages of a session.
 	Pages(ctx context.Context, user, device, session string) (int, error)
-	// Ready tells the gateways that a whole reply of so many pages is stored. It is a hint, it may be lost.
-	Ready(user, device, session string, pages int) error
+	// Ready tells the gateways that a whole reply of so many pages is stored. It is a hint, it may be lost. only is the page of a
+	// reply that has one, nil if it is not at hand.
+	Ready(user, device, session string, pages int, contentType, encoding string, only []byte) error
 }
 
 // encodePage renders a page in the form of its request.

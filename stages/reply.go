@@ -160,7 +160,7 @@ func (r *Reply) claim(ctx context.Context, conn *pgxpool.Conn, cat *Catalog) (lo
 	if one {
 		limit = 1
 	}
-	tx, err := conn.BeginTx(ctx, byIndex(""))
+	tx, err := conn.Begin(ctx)
 	if err != nil {
 		return false, nil, err
 	}

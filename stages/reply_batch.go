@@ -90,19 +90,29 @@ func (b *replyBatch) run() error {
 	if err := b.keepCursors(); err != nil {
 		return fmt.Errorf("store cursors: %w", err)
 	}
+	var failed error
 	for _, s := range b.sessions {
 		if err := s.finish(b.ctx); err != nil {
-			return err
+			failed = err
+			break
 		}
 		if s.refusal != nil {
 			b.r.metrics.refused(s.refusal.Code)
 		}
 	}
+	for _, s := range b.sessions {
+		if err := s.pages.wait(b.ctx); failed == nil {
+			failed = err
+		}
+	}
+	if failed != nil {
+		return failed
+	}
 	if err := b.close(); err != nil {
 		return fmt.Errorf("note %d sessions as replied: %w", len(b.sessions), err)
 	}
 	for _, s := range b.sessions {
-		if err := b.r.output.Ready(s.user, s.device, s.token, s.pages.number); err != nil {
+		if err := b.r.output.Ready(s.user, s.device, s.token, s.pages.number, s.contentType, s.encoding, s.pages.only); err != nil {
 			b.r.log.Warn("gateways were not told of a reply", zap.String("session", s.token), zap.Error(err))
 		}
 		b.r.metrics.records("sent", int(s.pages.rows))
@@ -140,7 +150,7 @@ func (b *replyBatch) admit(s *session) {
 
 // compose reads one snapshot. All pages but each session's last are stored on the way.
 func (b *replyBatch) compose() (err error) {
-	b.tx, err = b.conn.BeginTx(b.ctx, byIndex(snapshotMode()))
+	b.tx, err = b.conn.BeginTx(b.ctx, snapshotMode())
 	if err != nil {
 		return fmt.Errorf("begin a snapshot: %w", err)
 	}
@@ -298,11 +308,11 @@ func (b *replyBatch) identities() []any {
 }
 
 // snapshotMode makes all queries of a reply see one state of the mirror.
-func snapshotMode() string {
+func snapshotMode() pgx.TxOptions {
 	if sabotage.On(sabotage.TornSnapshot) {
-		return "READ ONLY"
+		return pgx.TxOptions{AccessMode: pgx.ReadOnly}
 	}
-	return "ISOLATION LEVEL REPEATABLE READ READ ONLY"
+	return pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}
 }
 
 // readerSettings come before queries of definitions; a rollback to the savepoint undoes them, whatever the queries did.
@@ -510,7 +520,7 @@ func (b *replyBatch) keepCursors() error {
 		}
 	}
 	slices.SortFunc(missing, func(a, b *subset) int { return bytes.Compare(a.hash, b.hash) })
-	tx, err := b.conn.BeginTx(b.ctx, byIndex(""))
+	tx, err := b.conn.Begin(b.ctx)
 	if err != nil {
 		return err
 	}
@@ -587,14 +597,14 @@ func (b *replyBatch) close() error {
 	return b.conn.SendBatch(b.ctx, batch).Close()
 }
 
-// finish stores the session's last page, or its refusal in place of the reply.
+// finish begins to store the session's last page, or its refusal in place of the reply.
 func (s *session) finish(ctx context.Context) error {
 	if s.refusal == nil {
 		if err := s.refuseOn(s.pages.put(ctx, true)); err != nil || s.refusal == nil {
 			return err
 		}
 	}
-	return s.pages.refuse(ctx, s.refusal)
+	return s.pages.refuse(s.refusal)
 }
 
 func randomID() string {

@@ -171,6 +171,7 @@ func newRigOf(t testing.TB, ddl, defs string) *rig {
 	cfg, err := schema.Config(mirrorDSN, "test")
 	must(err)
 	cfg.MaxConns = 8
+	schema.ByIndex(cfg.ConnConfig)
 	db, err := pgxpool.NewWithConfig(ctx, cfg)
 	must(err)
 	t.Cleanup(db.Close)

@@ -240,7 +240,7 @@ func (r *Reply) news(ctx context.Context, conn *pgxpool.Conn, cat *Catalog, list
 	if err != nil || len(b.sessions) == 0 {
 		return news, err
 	}
-	if b.tx, err = conn.BeginTx(ctx, byIndex(snapshotMode())); err != nil {
+	if b.tx, err = conn.BeginTx(ctx, snapshotMode()); err != nil {
 		return nil, fmt.Errorf("begin a snapshot: %w", err)
 	}
 	defer rollback(b.tx)
