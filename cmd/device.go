@@ -207,6 +207,9 @@ func (a *app) printReport(r device.Report) {
 		fmt.Fprintf(a.out, "%s: sent %d, merged %d, applied %d, rejected %d; received %d rows, removed %d (%s up, %s down, %s%s)\n",
 			s.Set, s.Sent, s.Merged, s.Applied, s.Rejected, s.Rows, s.Deleted, human(s.BytesUp), human(s.BytesDown), span(s.Duration), notes)
 	}
+	if len(r.Nothing) > 0 {
+		fmt.Fprintf(a.out, "nothing to do: %s\n", strings.Join(r.Nothing, ", "))
+	}
 	if n := r.Files; n.Fetched+n.Sent+n.Missing > 0 {
 		fmt.Fprintf(a.out, "files: fetched %d (%s), sent %d, rejected %d; %d are still to be fetched\n", n.Fetched, human(n.Bytes), n.Sent, n.Rejected, n.Missing)
 	}

@@ -195,6 +195,7 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	reply := stages.NewReply(stages.ReplyConfig{PageSize: int(c.Limits.Page), WaitSource: time.Duration(c.Reply.WaitSource)}, staging, current, q, log.Named("reply"))
 	watch := stages.NewWatch(stages.WatchConfig{}, reply, log.Named("watch"))
 	sup.Go(func() error { return watch.Run(support) })
+	check := stages.NewCheck(stages.CheckConfig{}, reply, log.Named("check"))
 	sessions := stages.NewSessions(staging)
 	// A pool of their own: who fetches many files must not take the connections of the rows.
 	filesPool, err := openPool(ctx, "mirror", c.Mirror.DSN, 4)
@@ -207,7 +208,7 @@ func Serve(ctx context.Context, c Config, log *zap.Logger, ready func(Info)) (er
 	if c.Files.Directory != "" {
 		sup.Go(func() error { return watchDirectory(support, c, store, log) })
 	}
-	gateway := queue.NewGateway(q, queue.GatewayConfig{Hold: time.Duration(c.Reply.Hold), Applied: sessions.Close, News: watch.News, Files: store, Bandwidth: current.Bandwidth,
+	gateway := queue.NewGateway(q, queue.GatewayConfig{Hold: time.Duration(c.Reply.Hold), Applied: sessions.Close, News: watch.News, Check: check.News, Files: store, Bandwidth: current.Bandwidth,
 		Rotate: func(ctx context.Context, user, device string, r protocol.Rotation) error {
 			return users.Rotate(ctx, user, device, r.Key)
 		}},

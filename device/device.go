@@ -48,6 +48,8 @@ type Device struct {
 	durability string // of our own transactions: FULL (tests, which look at order and not at the disk, take OFF)
 	syncing    sync.Mutex
 
+	told map[string]bool // sets of which a session of this Device has told the server all that a session tells; guarded by syncing
+
 	files    string      // folder of the contents of files; empty: the device keeps none
 	sweepDue atomic.Bool // contents may be there that nothing names
 }

@@ -227,6 +227,16 @@ func (t *natsTransport) News(ctx context.Context, ask protocol.Watch) (protocol.
 	return answer(m, err, func(a *protocol.News) *protocol.Error { return a.Error })
 }
 
+func (t *natsTransport) Check(ctx context.Context, ask protocol.Watch) (protocol.News, error) {
+	ask.Now = true
+	data, err := json.Marshal(ask)
+	if err != nil {
+		return protocol.News{}, err
+	}
+	m, err := t.call(ctx, callTimeout, Payload{ContentType: protocol.ContentJSON, Data: data}, protocol.VerbWatch)
+	return answer(m, err, func(a *protocol.News) *protocol.Error { return a.Error })
+}
+
 func (t *natsTransport) FileGet(ctx context.Context, sha256 string, n int) ([]byte, error) {
 	m, err := t.call(ctx, callTimeout, Payload{}, protocol.VerbFileGet, sha256, strconv.Itoa(n))
 	if err != nil {

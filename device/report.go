@@ -36,6 +36,7 @@ type Report struct {
 	Forked   bool          `json:"forked,omitempty"`  // the file goes on under a new incarnation (restored copy, or mirror rebuilt)
 	NewKey   bool          `json:"new_key,omitempty"` // the device has another key now
 	Sets     []SetReport   `json:"sets"`              // one per session
+	Nothing  []string      `json:"nothing,omitempty"` // sets without a session: neither side had anything
 	Files    FileTotals    `json:"files"`
 	Error    string        `json:"error,omitempty"`
 

@@ -58,6 +58,9 @@ func (d *Device) Sync(ctx context.Context, o SyncOptions) (rep Report, err error
 		files.tr = ftr
 	}
 	filesErr := files.before(ctx)
+	if err := d.check(ctx, tr, &rep); err != nil {
+		return rep, err
+	}
 	for range mostSessions {
 		sess, err := d.next(ctx, o)
 		if err != nil {
@@ -246,7 +249,81 @@ func (d *Device) session(ctx context.Context, tr Transport, sess *session, files
 		return err
 	}
 	sr = applied
+	if d.told == nil {
+		d.told = map[string]bool{}
+	}
+	d.told[sess.Set] = true
 	d.ack(ctx, tr, sess)
+	return nil
+}
+
+// check asks the server about the sets that have nothing to send: those for which it has nothing either need no session. Whatever goes
+// wrong with that, the sessions follow.
+func (d *Device) check(ctx context.Context, tr Transport, rep *Report) error {
+	ch, ok := tr.(Checker)
+	if !ok || len(d.told) == 0 {
+		return nil
+	}
+	ask := protocol.Watch{Sets: []protocol.WatchSet{}, Only: true}
+	err := d.read(ctx, func(t *txn) error {
+		return t.idle(d, func(c *catalogue, s *set) error {
+			ask.Sets = append(ask.Sets, protocol.WatchSet{Set: s.Name, Cursor: s.Cursor})
+			return nil
+		})
+	})
+	if err != nil || len(ask.Sets) == 0 {
+		return err
+	}
+	news, err := ch.Check(ctx, ask)
+	if err != nil {
+		d.log.Debug("could not ask for news; opening sessions", zap.Error(err))
+		return ctx.Err()
+	}
+	asked := map[string]string{}
+	for _, s := range ask.Sets {
+		if !slices.Contains(news.Sets, s.Set) {
+			asked[s.Set] = s.Cursor
+		}
+	}
+	if len(asked) == 0 {
+		return nil
+	}
+	return d.write(ctx, func(t *txn) error { // edits may have come meanwhile
+		return t.idle(d, func(c *catalogue, s *set) error {
+			if cursor, ok := asked[s.Name]; !ok || cursor != s.Cursor {
+				return nil
+			}
+			rep.Nothing = append(rep.Nothing, s.Name)
+			return t.exec(`UPDATE _ws_set SET todo = 0, synced_at = ? WHERE name = ?`, time.Now().Unix(), s.Name)
+		})
+	})
+}
+
+// idle calls f for the sets to be synced that have nothing to send and nothing open.
+func (t *txn) idle(d *Device, f func(*catalogue, *set) error) error {
+	st, err := t.state()
+	if err != nil || st.Open.Valid || st.Running {
+		return err
+	}
+	if files, err := d.filesTold(t); err != nil || files != nil && files.Waiting > 0 {
+		return err
+	}
+	c, err := t.load()
+	if err != nil {
+		return err
+	}
+	for _, s := range c.sets {
+		if s.Todo != 1 || s.Gone || s.Cursor == "" || !d.told[s.Name] {
+			continue
+		}
+		nothing, err := t.nothingFor(c, s)
+		if err == nil && nothing {
+			err = f(c, s)
+		}
+		if err != nil {
+			return err
+		}
+	}
 	return nil
 }
 

@@ -22,6 +22,12 @@ type Transport interface {
 	Close() error
 }
 
+// Checker is a Transport that can ask, at once and for certain, for which sets a session would bring something. It is used for sets
+// that have nothing to send.
+type Checker interface {
+	Check(ctx context.Context, ask protocol.Watch) (protocol.News, error)
+}
+
 // Payload is the bytes of a request (or a part of it) or of a page, with the headers that say how to read them.
 type Payload struct {
 	ContentType string

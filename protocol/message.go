@@ -205,6 +205,7 @@ type Status struct {
 type Watch struct {
 	Sets []WatchSet `json:"sets"`           // MaxWatched at most
 	Only bool       `json:"only,omitempty"` // that the user has other sets is no news
+	Now  bool       `json:"now,omitempty"`  // answer at once, and for certain: whether a session would bring anything
 }
 
 // WatchSet is a set as the device holds it.

@@ -38,7 +38,7 @@ type GatewayConfig struct {
 	Hold        time.Duration // how long a get waits for its page (default 5 seconds)
 	MaxHeld     int           // gets and watches waiting at the same time, over all devices (default 20,000)
 	MaxStoring  int           // puts waiting for the input queue at the same time (default 2,048)
-	CallsPerSec float64       // of one device on average (default 50); a user's devices together may have four times each of these limits
+	CallsPerSec float64       // of one device on average (default 200); a user's devices together may have four times each of these limits
 	CallBurst   int           // and at once (default 500)
 	BytesPerSec float64       // that one device may put on average (default 4 MiB)
 	BytesBurst  int           // and at once (default 32 MiB; at least MaxPart)
@@ -46,6 +46,8 @@ type GatewayConfig struct {
 	// News waits until a sync would bring the device something, or ctx ends; nil: devices are told to ask again.
 	News      func(ctx context.Context, user, device string, ask protocol.Watch) []string
 	HoldWatch time.Duration // how long a watch waits for news (default 30 seconds)
+	// Check tells at once for which sets a session would bring something; nil: for all that are asked for.
+	Check func(ctx context.Context, user, device string, ask protocol.Watch) ([]string, error)
 
 	// Rotate notes the key that a device will log in with from now on; errors as those of [Enroller]. nil: keys do not change.
 	Rotate func(ctx context.Context, user, device string, req protocol.Rotation) error
@@ -88,7 +90,7 @@ func NewGateway(q *Queue, cfg GatewayConfig, enrol Enroller, status StatusSource
 	set(&cfg.HoldWatch, 30*time.Second)
 	set(&cfg.MaxHeld, 20_000)
 	set(&cfg.MaxStoring, 2048)
-	set(&cfg.CallsPerSec, 50)
+	set(&cfg.CallsPerSec, 200)
 	set(&cfg.CallBurst, 500)
 	set(&cfg.BytesPerSec, 4<<20)
 	set(&cfg.BytesBurst, 32<<20)
@@ -599,6 +601,21 @@ func (s *shift) watch(c *call) {
 	var ask protocol.Watch
 	if err := json.Unmarshal(c.r.Data(), &ask); err != nil || len(c.r.Data()) > 64<<10 || len(ask.Sets) > protocol.MaxWatched {
 		c.refuse(protocol.CodeMalformed, 0, `a watch is JSON: {"sets": [{"set": "...", "cursor": "..."}]}, with at most %d sets`, protocol.MaxWatched)
+		return
+	}
+	if ask.Now {
+		s.do(c, func(ctx context.Context) (_ any, err error) {
+			news := protocol.News{Sets: []string{}}
+			if s.cfg.Check == nil {
+				for _, set := range ask.Sets {
+					news.Sets = append(news.Sets, set.Set)
+				}
+				return news, nil
+			}
+			sets, err := s.cfg.Check(ctx, c.user, c.device, ask)
+			news.Sets = append(news.Sets, sets...)
+			return news, err
+		})
 		return
 	}
 	s.held(c, func() {

@@ -47,7 +47,6 @@ func (in *Intake) stage(ctx context.Context, cat *Catalog, reqs []*incoming) (ba
 	return back, nil
 }
 
-
 // rollback ends a transaction that was not committed; its own failure means that the connection is gone, and with
 // it the transaction.
 func rollback(tx pgx.Tx) {

@@ -120,6 +120,8 @@ func TestStages(t *testing.T) {
 		"news":       testNews,
 		"news once":  testNewsOnce,
 		"watch loop": testWatchLoop,
+		// check_test.go
+		"check": testCheck,
 		// verify_test.go
 		"verification": testVerification,
 		"findings":     testFindings,

@@ -41,6 +41,7 @@ type waiter struct {
 	ask          protocol.Watch
 	fresh        bool // not looked after yet
 	failed       bool // what it asks for fails: not asked again during this call
+	exact        bool // what only a session can bring is news, too
 	news         chan []string
 }
 
@@ -188,7 +189,8 @@ func (w *Watch) ask(ctx context.Context, conn *pgxpool.Conn, list []*waiter) err
 
 // watchersSQL reads what decides about the devices' sets: $1 users, $2 devices.
 const watchersSQL = `
-SELECT u.i, d.id, a.groups, a.attributes::text, coalesce(b.hash, ''), b.built
+SELECT u.i, d.id, a.groups, a.attributes::text, coalesce(b.hash, ''), b.built, d.new_key_asked_at IS NOT NULL,
+	d.verify_asked_at IS NOT NULL, ARRAY(SELECT k.set_name FROM waystage.device_check k WHERE k.device_id = d.id AND k.told_at >= d.verify_asked_at)
 FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS u(user_name, device, i)
 JOIN waystage.device d ON d.user_name = u.user_name AND d.name = u.device
 JOIN waystage.app_user a ON a.name = u.user_name
@@ -208,10 +210,11 @@ func (r *Reply) news(ctx context.Context, conn *pgxpool.Conn, cat *Catalog, list
 		return nil, err
 	}
 	var i, id int64
-	var groups []string
+	var groups, verified []string
+	var newKey, verify bool
 	var attributes, hash string
 	var built *protocol.Built
-	_, err = pgx.ForEachRow(rows, []any{&i, &id, &groups, &attributes, &hash, &built}, func() error {
+	_, err = pgx.ForEachRow(rows, []any{&i, &id, &groups, &attributes, &hash, &built, &newKey, &verify, &verified}, func() error {
 		one := list[i-1]
 		_, sets := cat.allows(groups, "")
 		held := map[string]bool{}
@@ -222,7 +225,8 @@ func (r *Reply) news(ctx context.Context, conn *pgxpool.Conn, cat *Catalog, list
 			s := &session{deviceID: id, user: one.user, device: one.device, groups: groups, attributes: attributes, set: ask.Set, cursorFrom: ask.Cursor,
 				watching: true, filesKnown: &protocol.FilesRequest{}, built: hash, builtOf: built}
 			s.pages = newPages(s, nil, r.cfg, cat.epoch)
-			if b.admit(s); s.refusal != nil || ask.Cursor == "" {
+			ordered := one.exact && (newKey || verify && !slices.Contains(verified, ask.Set))
+			if b.admit(s); s.refusal != nil || ask.Cursor == "" || ordered {
 				news[one] = append(news[one], ask.Set)
 				continue
 			}
@@ -234,7 +238,7 @@ func (r *Reply) news(ctx context.Context, conn *pgxpool.Conn, cat *Catalog, list
 				news[one] = append(news[one], set)
 			}
 		}
-		groups, built = nil, nil
+		groups, verified, built = nil, nil, nil
 		return nil
 	})
 	if err != nil || len(b.sessions) == 0 {
@@ -251,19 +255,23 @@ func (r *Reply) news(ctx context.Context, conn *pgxpool.Conn, cat *Catalog, list
 	if err := b.resume(cursors); err != nil {
 		return nil, err
 	}
-	if err := b.rowsWait(func(s *session) { news[owner[s]] = append(news[owner[s]], s.set) }); err != nil {
+	if err := b.rowsWait(func(s *session) bool { return owner[s].exact }, func(s *session) { news[owner[s]] = append(news[owner[s]], s.set) }); err != nil {
 		return nil, err
 	}
 	return news, nil
 }
 
+// renewUnheard is the age of a cursor that a session renews although there is nothing else to tell: far below the time for which
+// tombstones are kept.
+const renewUnheard = 12 * time.Hour
+
 // rowsWait calls found once for each session that starts anew, whose keys have moved, or for which there is something that
 // the reply of its cursor did not see.
-func (b *replyBatch) rowsWait(found func(*session)) error {
+func (b *replyBatch) rowsWait(exact func(*session) bool, found func(*session)) error {
 	var ask []*session
 	var tokens []string
 	for _, s := range b.sessions {
-		if s.from == nil || s.keysChanged() {
+		if s.from == nil || s.keysChanged() || exact(s) && time.Since(s.from.createdAt) > renewUnheard {
 			found(s)
 			continue
 		}
