@@ -17,7 +17,6 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/waystage/waystage/device"
-	"github.com/waystage/waystage/internal/registry"
 	"github.com/waystage/waystage/protocol"
 	"github.com/waystage/waystage/stages"
 )
@@ -232,7 +231,7 @@ func (b *bench) fleet(ctx context.Context) ([]*loadDevice, error) {
 	for i := range devices {
 		g.Go(func() error {
 			user := fmt.Sprintf("u%04d", i)
-			if err := b.addUser(gctx, user, "field"); err != nil && !errors.Is(err, registry.ErrUserExists) {
+			if err := b.addUser(gctx, user, "field"); err != nil {
 				return err
 			}
 			d, err := b.loadDevice(gctx, user)

@@ -312,6 +312,21 @@ func (c *Cluster) Dir() string { return c.dir }
 // Binaries are the programs that the cluster runs on.
 func (c *Cluster) Binaries() Binaries { return c.bin }
 
+// CPU is what the cluster's processes have used since it was started, as exact as the kernel counts it: to 10 ms a process. 0 when it
+// is stopped, and where this is not known (on Linux it is).
+func (c *Cluster) CPU() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.running() {
+		return 0
+	}
+	total := used(c.proc.pid)
+	for _, pid := range children(c.proc.pid) {
+		total += used(pid)
+	}
+	return total
+}
+
 // Running tells whether the server's process is there.
 func (c *Cluster) Running() bool {
 	c.mu.Lock()

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -61,6 +62,25 @@ func stat(pid int) (state string, parent int) {
 		return "", 0
 	}
 	return fields[0], parent
+}
+
+// tick is the kernel's unit of CPU times in /proc.
+const tick = time.Second / 100
+
+// used is the CPU time of a process and of those of its children that have ended, which it has waited for.
+func used(pid int) time.Duration {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0 // ended
+	}
+	fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
+	const utime, cstime = 11, 14 // behind the name: utime, stime, cutime, cstime
+	var total time.Duration
+	for i := utime; i <= cstime && i < len(fields); i++ {
+		n, _ := strconv.ParseInt(fields[i], 10, 64)
+		total += time.Duration(n) * tick
+	}
+	return total
 }
 
 // removeSharedMemory removes the shared memory segment that a killed server left, named by its lock file.

@@ -2,7 +2,10 @@
 
 package pgcluster
 
-import "syscall"
+import (
+	"syscall"
+	"time"
+)
 
 // attributes makes a server process that runs as the account and does not get the terminal's Ctrl-C. Only Linux can
 // end it with its starter: elsewhere a server outlives a starter that was killed.
@@ -17,5 +20,7 @@ func attributes(a account) *syscall.SysProcAttr {
 func children(int) []int { return nil }
 
 func state(int) string { return "" }
+
+func used(int) time.Duration { return 0 }
 
 func removeSharedMemory(string) error { return nil }
