@@ -148,10 +148,10 @@ func (d *Device) apply(t *txn, sess *session, rep *SetReport, progress func(done
 	if err := d.settleFiles(in, sess, first.Refresh); err != nil {
 		return err
 	}
-	if err := t.settle(c, sess, first, last, again); err != nil {
+	if err := j.rights(); err != nil { // while the tables are there that leave with a set
 		return err
 	}
-	if err := j.rights(); err != nil {
+	if err := t.settle(c, sess, first, last, again); err != nil {
 		return err
 	}
 	rep.More = last.More

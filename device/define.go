@@ -149,14 +149,16 @@ func (t *txn) addColumn(tab *table, col *column) error {
 	if err := t.uninstall(tab); err != nil {
 		return err
 	}
-	// Rows that are there get no default: the server's values follow, and until then null means "not told yet". For
-	// rows of the application's own an absent value is the same as what the base says.
-	bare := *col
-	bare.Default = ""
-	if err := t.exec("ALTER TABLE " + quote(tab.Local) + " ADD COLUMN " + bare.declare(false)); err != nil {
+	if err := t.exec("ALTER TABLE " + quote(tab.Local) + " ADD COLUMN " + col.declare(false)); err != nil {
 		return err
 	}
-	return t.exec("ALTER TABLE " + quote(tab.shadow()) + " ADD COLUMN " + quote("b_"+col.Local) + " " + col.kind.declared())
+	if err := t.exec("ALTER TABLE " + quote(tab.shadow()) + " ADD COLUMN " + quote("b_"+col.Local) + " " + col.kind.declared()); err != nil || col.Default == "" {
+		return err
+	}
+	// Rows that are there do not take the default: the server's values follow, and until then null means "not told yet", in the base too. But those that the
+	// user has added and that no session carries: they are sent whole, and a null would be the user's word.
+	return t.exec("UPDATE " + quote(tab.Local) + " SET " + quote(col.Local) + " = NULL WHERE NOT EXISTS (SELECT 1 FROM " + quote(tab.shadow()) + " AS s WHERE s.base = 0 AND s.batch IS NULL AND " +
+		tab.joined(quote(tab.Local), "s") + ")")
 }
 
 // convert changes how the values of a column outside the key are kept, live ones and bases.
@@ -394,7 +396,7 @@ func (t *txn) rejectAll(setName string, tab *table, all bool, code protocol.Code
 		if err != nil {
 			return err
 		}
-		if tab.undone(d, live) {
+		if !d.batch.Valid && tab.undone(d, live) { // putting back what is on its way is an edit
 			if err := t.restore(tab, d); err != nil {
 				return err
 			}

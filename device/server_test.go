@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -371,6 +372,10 @@ func (s *memServer) merge(q *request) {
 		reject := func(code protocol.Code, detail string) {
 			v.State, v.Code, v.Detail = protocol.Rejected, code, detail
 		}
+		if code := s.unfit(q.req.Set, ch, base, img); code != "" {
+			reject(code, "not in the subscription")
+			continue
+		}
 		if val := img["val"]; val != nil && *val == "bad" {
 			reject(protocol.CodeInvalidValue, "bad value")
 			continue
@@ -416,7 +421,7 @@ func (s *memServer) merge(q *request) {
 		if effect != conflict.Nothing && facts.Version && !old {
 			// Nothing that the author has not seen is written over.
 			for c, x := range r.img {
-				if b, ok := base[c]; !sameWire(b, x) && (!ok || ch.Op == protocol.Delete || !sameWire(b, img[c])) {
+				if b, ok := base[c]; !sameWire(b, x) && (ok || base == nil) && (!ok || ch.Op == protocol.Delete || !sameWire(b, img[c])) {
 					s.problem("rule I3: %s %s of %s accepted at version %s, made on %s, but the row is %s", ch.Op, keyOf(ch.Key), q.device, ch.Version, show(base), show(r.img))
 				}
 			}
@@ -434,6 +439,41 @@ func (s *memServer) merge(q *request) {
 		v.Version = version(r.ver)
 		r.pend = append(r.pend, v)
 	}
+}
+
+// unfit judges a change by the set's definitions: the table, and the columns that it writes. What it does not write to a column that is not there
+// (any more) is taken out of the images.
+func (s *memServer) unfit(set string, ch protocol.Change, base, img image) protocol.Code {
+	def := s.table(set, ch.Table)
+	if def == nil {
+		return protocol.CodeUnknownTable
+	}
+	for c, x := range img {
+		if slices.ContainsFunc(def.Columns, func(d protocol.Column) bool { return d.Name == c }) {
+			continue
+		}
+		if b, ok := base[c]; ok && !sameWire(b, x) || !ok && x != nil {
+			return protocol.CodeUnknownColumn
+		}
+		delete(img, c)
+	}
+	for c := range base {
+		if !slices.ContainsFunc(def.Columns, func(d protocol.Column) bool { return d.Name == c }) {
+			delete(base, c)
+		}
+	}
+	return ""
+}
+
+func (s *memServer) table(set, name string) *protocol.Table {
+	if s.defs[set] != nil {
+		for i := range s.defs[set].Tables {
+			if s.defs[set].Tables[i].Name == name {
+				return &s.defs[set].Tables[i]
+			}
+		}
+	}
+	return nil
 }
 
 func version(v int64) string {
