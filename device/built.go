@@ -23,7 +23,11 @@ func (t *txn) buildFor(built *protocol.Built) error {
 		}
 		text = string(b)
 	}
-	return t.exec(`UPDATE _ws_state SET built = ? WHERE built <> ?`, text, text)
+	n, err := t.run(`UPDATE _ws_state SET built = ? WHERE built <> ?`, text, text)
+	if err != nil || n == 0 {
+		return err
+	}
+	return t.exec(`UPDATE _ws_set SET hash = ''`) // each set needs a session, and its definitions
 }
 
 // BuildFor says what the file's application was built for, as Options.Built does.

@@ -51,6 +51,26 @@ func TestBuilt(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	// One that stays open tells of a change, too.
+	d, err := Open(ctx, path, Options{Dial: dial})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.patience = impatient
+	srv.mustSync(t, d)
+	if err := d.BuildFor(ctx, protocol.Built{Name: "autumn", Tables: []protocol.Layout{{Table: "public.item"}}}); err != nil {
+		t.Fatal(err)
+	}
+	if n := one[int](t, d, `SELECT count(*) FROM _ws_set WHERE hash <> ''`); n != 0 {
+		t.Errorf("%d sets would be taken for known", n)
+	}
+	srv.mustSync(t, d)
+	if told == nil || told.Name != "autumn" {
+		t.Errorf("the server is told %+v", told)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
 	if d, err := Open(ctx, path, Options{Built: &protocol.Built{Tables: []protocol.Layout{{Table: "a.b"}, {Table: "a.b"}}}}); err == nil {
 		_ = d.Close()
 		t.Error("a table that is named twice was taken")

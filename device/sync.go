@@ -313,7 +313,7 @@ func (t *txn) idle(d *Device, f func(*catalogue, *set) error) error {
 		return err
 	}
 	for _, s := range c.sets {
-		if s.Todo != 1 || s.Gone || s.Cursor == "" || !d.told[s.Name] {
+		if s.Todo != 1 || s.Gone || s.Cursor == "" || s.Hash == "" || !d.told[s.Name] {
 			continue
 		}
 		nothing, err := t.nothingFor(c, s)
