@@ -2,7 +2,9 @@ package cmd
 
 import (
 	"database/sql"
+	"encoding/json"
 	"fmt"
+	"maps"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -226,4 +228,48 @@ func TestApplicationsOfDifferentAge(t *testing.T) {
 	if d := data[registry.DeviceDetail](o, exitOK, "devices show amina/phone -o json"); d.Built != nil {
 		t.Errorf("%+v", d.Built)
 	}
+}
+
+// What a device had edited before columns were dropped or retyped at the source, and before a table left its set, is judged record by record, with a receipt
+// for each; the others of the same request go through.
+func TestUploadsThatNoLongerFit(t *testing.T) {
+	o := newOperator(t)
+	o.init()
+	o.at(o.source, "CREATE TABLE vn.more (id int PRIMARY KEY, dropped text, retyped text, kept text)")
+	o.at(o.source, "INSERT INTO vn.more SELECT i, 'd', i::text, 'k' FROM generate_series(1, 4) i")
+	definitions := "version: 1\nsubscriptions:\n  more: {table: vn.more}\n  nurses: {table: vn.nurse, columns: [id, phone], allow: [update]}\nsets:\n  all: [more, nurses]\ngroups:\n  nurses: {sets: [all]}\n"
+	t.Cleanup(o.serve(definitions, "health.listen="))
+	o.run(exitOK, testPassword, "users add amina --group nurses")
+	dev := " --file " + filepath.Join(o.dir, "amina.db")
+	o.run(exitOK, testPassword, "device enrol --server nats://"+o.nats+" --user amina --device phone"+dev)
+	data[device.Report](o, exitOK, "device sync -o json"+dev)
+	o.exec(dev, `UPDATE more SET dropped = 'lost' WHERE id = 1; UPDATE more SET retyped = 'no number' WHERE id = 2; UPDATE more SET kept = 'new' WHERE id = 3;
+		UPDATE more SET retyped = '44', kept = 'new' WHERE id = 4; INSERT INTO more (id, kept) VALUES (5, 'new'); INSERT INTO more (id, dropped) VALUES (6, 'lost');
+		UPDATE nurse SET phone = '+123456' WHERE id = 1`)
+	o.at(o.source, "ALTER TABLE vn.more DROP COLUMN dropped, ALTER COLUMN retyped TYPE int USING retyped::int")
+	o.run(exitOK, "", "schema apply --yes")
+	next := o.write("next.yaml", strings.Replace(definitions, "all: [more, nurses]", "all: [more]", 1))
+	o.run(exitOK, "", "subscriptions apply --yes "+next)
+	var rep device.Report
+	o.eventually("the device syncs", func() bool { // the stages take the new form over
+		got := waystage(t, nil, "", strings.Fields("device sync --wait source -o json"+dev+" -c "+o.config)...)
+		return got.code == exitRejected && json.Unmarshal([]byte(got.out), &rep) == nil
+	})
+	if rep.Sent != 7 || rep.Rejected != 4 {
+		t.Errorf("%+v", rep)
+	}
+	got := map[string]string{}
+	for _, r := range data[[]device.Receipt](o, exitOK, "device log -o json"+dev) {
+		got[r.Table+" "+*r.Key[0]] = string(r.Code)
+	}
+	want := map[string]string{"vn.more 1": "unknown_column", "vn.more 2": "invalid_value", "vn.more 3": "", "vn.more 4": "", "vn.more 5": "", "vn.more 6": "unknown_column", "vn.nurse 1": "unknown_table"}
+	if !maps.Equal(got, want) {
+		t.Errorf("the receipts are %v, want %v", got, want)
+	}
+	if l := data[[]reject](o, exitOK, "rejects ls -o json --user amina"); len(l) != 4 {
+		t.Errorf("the server's log: %+v", l)
+	}
+	o.eventually("the others are at the source", func() bool {
+		return o.at(o.source, "SELECT string_agg(id || ' ' || coalesce(retyped::text, '-') || ' ' || kept, ', ' ORDER BY id) FROM vn.more") == "1 1 k, 2 2 k, 3 3 new, 4 44 new, 5 - new"
+	})
 }

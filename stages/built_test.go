@@ -25,9 +25,10 @@ func testBuiltFor(t *testing.T, r *rig) {
 		r.stages()
 	}
 	defer func() { r.cat = whole }()
-	devs := r.staff("amy", "ben")
-	old, now := devs[0], devs[1]
-	r.office(`INSERT INTO public.share VALUES ('amy', 1), ('amy', 2), ('ben', 1), ('ben', 2)`)
+	devs := r.staff("amy", "ben", "eve")
+	old, now, eve := devs[0], devs[1], devs[2]
+	devs = devs[:2]
+	r.office(`INSERT INTO public.share VALUES ('amy', 1), ('amy', 2), ('ben', 1), ('ben', 2), ('eve', 1)`)
 	r.office(`INSERT INTO public.item VALUES ('i1', 1, 'n'), ('i2', 2, 'n')`)
 	r.office(`INSERT INTO public.lot VALUES ('l1', 1, 'n')`)
 	under("table: public.item\n", "table: public.item\n    columns: [id, k]\n")
@@ -55,6 +56,13 @@ func testBuiltFor(t *testing.T, r *rig) {
 	columns(now, "id", "k")
 	if len(old.set("all").rows[lots]) != 0 || len(old.set("all").schema.Tables) != 1 || len(now.set("all").rows[lots]) != 1 {
 		t.Fatal("a table that the application was not built for was sent")
+	}
+	// What is named is no right.
+	eve.built = &protocol.Built{Tables: []protocol.Layout{{Table: items, Columns: []string{"id", "note"}}, {Table: "public.share"}, {Table: `public.item"; --`, Columns: []string{`" from public.share; --`}}}}
+	told(eve, true, true)
+	columns(eve, "id", "k")
+	if s := eve.set("all").schema; len(s.Tables) != 1 || len(s.Tables[0].Columns) != 2 {
+		t.Fatalf("%+v", s)
 	}
 	// A column is added: only those who take everything hear of it.
 	under("", "")
