@@ -172,6 +172,9 @@ func TestApplicationsOfDifferentAge(t *testing.T) {
 	if l := data[[]registry.Device](o, exitOK, "devices ls --built-for "+hash+" -o json"); len(l) != 1 || l[0].Name != "phone" {
 		t.Errorf("%+v", l)
 	}
+	if got := o.run(exitOK, "", "devices ls").out; !strings.Contains(got, "version 1") {
+		t.Errorf("%s", got)
+	}
 	visit := o.at(o.source, "SELECT min(id::text) FROM vn.visit")
 	for who, want := range map[string]stages.Outcome{"amina/phone": stages.Never, "bruno/tablet": stages.OnDevice} {
 		e := data[stages.Explanation](o, exitOK, "explain row vn.visit "+visit+" --device "+who+" -o json")

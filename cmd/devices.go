@@ -1,6 +1,7 @@
 package cmd
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -137,6 +138,12 @@ func (a *app) printDevices(f format, devices []registry.Device) error {
 			return ago(d.OldestUnsentAt)
 		}},
 		{"app", func(d registry.Device) string { return d.App }},
+		{"built for", func(d registry.Device) string {
+			if d.Built == nil {
+				return ""
+			}
+			return cmp.Or(d.Built.Name, d.Built.Hash[:8])
+		}},
 	})
 }
 
