@@ -49,7 +49,8 @@ func benchSteps() []step {
 	return []step{
 		{"first-sync", []figureSpec{{name: "first_sync", unit: "rows/s"}}, worldOptions{}, (*bench).firstSync},
 		{"stages", []figureSpec{{name: "intake", unit: "rows/s"}, {name: "merge", unit: "rows/s"}, {name: "up", unit: "rows/s"}}, worldOptions{}, (*bench).stagesAlone},
-		{"down", []figureSpec{{name: "down_small_tx", unit: "rows/s"}, {name: "down_bulk_tx", unit: "rows/s"}}, worldOptions{}, (*bench).down},
+		{"apply", applyFigures, applyWorld, (*bench).applyAll},
+		{"capture", captureFigures, worldOptions{schema: applyWorld.schema, definitions: applyWorld.definitions}, (*bench).captureAlone},
 		{"sessions", []figureSpec{{name: "sessions", unit: "sessions/s"}, {name: "session_p50", unit: "ms", atMost: true}, {name: "session_p99", unit: "ms", atMost: true}},
 			worldOptions{}, (*bench).sessions},
 		{"neighbour", []figureSpec{{name: "neighbour_p99", unit: "ms", atMost: true}}, worldOptions{}, (*bench).neighbour},

@@ -271,57 +271,6 @@ func (b *bench) timed(ctx context.Context, before, statement, after string) (tim
 	return took, err
 }
 
-// down measures changes of the source on their way to the mirror, in transactions of one row and of a thousand.
-func (b *bench) down(ctx context.Context) error {
-	total := b.users * b.rows
-	for _, k := range []struct {
-		name, what string
-		write      func(context.Context) (int, error)
-	}{
-		{"down_small_tx", "one-row update transactions of the source to the mirror", func(ctx context.Context) (int, error) {
-			n := min(total, 20000)
-			_, err := b.source.Exec(ctx, fmt.Sprintf("DO $$ BEGIN FOR i IN 0..%d LOOP UPDATE public.item SET version = version + 1 WHERE id = i; COMMIT; END LOOP; END $$", n-1))
-			return n, err
-		}},
-		{"down_bulk_tx", "update transactions of 1,000 rows of the source to the mirror", func(ctx context.Context) (int, error) {
-			_, err := b.source.Exec(ctx, fmt.Sprintf(`DO $$ BEGIN FOR i IN 0..%d LOOP UPDATE public.item SET version = version + 1 WHERE id BETWEEN i * 1000 AND i * 1000 + 999; COMMIT; END LOOP; END $$`, total/1000-1))
-			return total / 1000 * 1000, err
-		}},
-	} {
-		if err := b.pools(ctx, stages.ModePause, "apply-down"); err != nil {
-			return err
-		}
-		n, err := k.write(ctx)
-		if err != nil {
-			return err
-		}
-		var mark int64
-		if err := b.source.QueryRow(ctx, "UPDATE public.item SET ward = ward + 1 WHERE id = 0 RETURNING ward").Scan(&mark); err != nil {
-			return err
-		}
-		if err := b.pools(ctx, stages.ModeRun, "apply-down"); err != nil {
-			return err
-		}
-		took, err := until(ctx, b.mirror, "SELECT ward = $1 FROM public.item WHERE id = 0", mark)
-		if err != nil {
-			return err
-		}
-		b.record(k.name, rate(n, took), "rows/s", 0, k.what)
-	}
-	var source, mirror string
-	const sum = "SELECT md5(string_agg(md5(i::text), '' ORDER BY id)) FROM (SELECT id, owner, version, mrn, full_name, ward, balance, updated_at, notes FROM public.item) AS i"
-	if err := b.source.QueryRow(ctx, sum).Scan(&source); err != nil {
-		return err
-	}
-	if err := b.mirror.QueryRow(ctx, sum).Scan(&mirror); err != nil {
-		return err
-	}
-	if source != mirror {
-		return errors.New("mirror and source differ after the measurement")
-	}
-	return nil
-}
-
 // sessions measures concurrent two-way sessions, each with one changed row, against one INSERT and one SELECT commit of as many clients at the source.
 func (b *bench) sessions(ctx context.Context) error {
 	devices, err := b.fleet(ctx)

@@ -8,13 +8,15 @@ import (
 	"time"
 )
 
-// ownCPU is what this process has used since it started.
-func ownCPU() time.Duration {
-	var u syscall.Rusage
-	if syscall.Getrusage(syscall.RUSAGE_SELF, &u) != nil {
-		return 0
+// ownCPU is what this process has used since it started, and the programs that it ran and that have ended.
+func ownCPU() (total time.Duration) {
+	for _, who := range []int{syscall.RUSAGE_SELF, syscall.RUSAGE_CHILDREN} {
+		var u syscall.Rusage
+		if syscall.Getrusage(who, &u) == nil {
+			total += time.Duration(u.Utime.Nano() + u.Stime.Nano())
+		}
 	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	return total
 }
 
 // resetPeak makes the kernel forget what most of this process was in memory so far.
