@@ -21,9 +21,10 @@ func TestBenchMeasuresEveryStage(t *testing.T) {
 		t.Fatal(err)
 	}
 	out := filepath.Join(t.TempDir(), "bench.json")
-	got := waystage(t, nil, "", "bench", "--out", out, "--quick", "--postgresql", strconv.Itoa(major))
-	if got.code != exitOK {
-		t.Fatalf("exit status %d:\n%s%s", got.code, got.out, got.err)
+	var said, complaints bytes.Buffer
+	code := run(t.Context(), []string{"bench", "--out", out, "--quick", "--postgresql", strconv.Itoa(major)}, &terminal{in: strings.NewReader(""), out: &said, err: &complaints})
+	if code != exitOK {
+		t.Fatalf("exit status %d:\n%s%s", code, said.String(), complaints.String())
 	}
 	data, err := os.ReadFile(out)
 	if err != nil {
