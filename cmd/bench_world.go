@@ -249,7 +249,10 @@ func (b *bench) pools(ctx context.Context, mode stages.Mode, names ...string) er
 	}
 }
 
-// until polls a query for a boolean every few milliseconds, and returns how long that took.
+// untilEvery is how often until asks: seldom enough to cost nothing that counts, often enough for what takes a second.
+const untilEvery = 20 * time.Millisecond
+
+// until polls a query for a boolean, and returns how long it took to become true.
 func until(ctx context.Context, db *pgxpool.Pool, query string, args ...any) (time.Duration, error) {
 	began := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
@@ -262,7 +265,7 @@ func until(ctx context.Context, db *pgxpool.Pool, query string, args ...any) (ti
 		if done {
 			return time.Since(began), nil
 		}
-		if err := sleep(ctx, 5*time.Millisecond); err != nil {
+		if err := sleep(ctx, untilEvery); err != nil {
 			return 0, fmt.Errorf("waited in vain for %s: %w", query, err)
 		}
 	}
