@@ -129,6 +129,7 @@ type shift struct {
 	storing chan struct{} // puts on their way to the input queue
 	doing   chan struct{} // calls that wait for a database or a purge
 	filing  filing        // calls about files
+	applied chan reply    // whose pages are to be removed
 
 	mu      sync.Mutex
 	waiting map[string][]chan *nats.Msg // by ready subject: held gets
@@ -139,7 +140,7 @@ type shift struct {
 // Run serves until ctx ends, then answers the calls that it has taken. It may run several times at once.
 func (g *Gateway) Run(ctx context.Context) error {
 	s := &shift{Gateway: g, ctx: ctx, storing: make(chan struct{}, g.cfg.MaxStoring),
-		doing: make(chan struct{}, maxDoing), filing: filing{of: map[string]int{}}, waiting: map[string][]chan *nats.Msg{}, sent: map[string]time.Time{}}
+		doing: make(chan struct{}, maxDoing), filing: filing{of: map[string]int{}}, applied: make(chan reply, maxApplied), waiting: map[string][]chan *nats.Msg{}, sent: map[string]time.Time{}}
 	err := s.serve()
 	if ctx.Err() != nil {
 		return nil
@@ -182,6 +183,7 @@ func (s *shift) serve() error {
 	}
 	defer func() { _ = forward.Unsubscribe() }()
 
+	s.work.run(s.remove)
 	// Deferred calls run backwards: no more calls are taken, those taken are answered, then the connections close.
 	defer s.work.wait()
 	svc, err := micro.AddService(devices, micro.Config{
@@ -556,7 +558,7 @@ func (s *shift) answered(subject string) {
 	delete(s.sent, subject)
 }
 
-// ack removes a reply that the device has applied.
+// ack notes that the device has applied a reply.
 func (s *shift) ack(c *call) {
 	s.counts.acks.Add(1)
 	s.do(c, func(ctx context.Context) (any, error) {
@@ -565,8 +567,32 @@ func (s *shift) ack(c *call) {
 				return nil, err
 			}
 		}
-		return map[string]bool{"ok": true}, s.q.PurgePages(ctx, c.user, c.device, c.args[0])
+		select {
+		case s.applied <- reply{c.user, c.device, c.args[0]}:
+		default: // they take room until they expire
+		}
+		return map[string]bool{"ok": true}, nil
 	})
+}
+
+// reply names one.
+type reply struct{ user, device, session string }
+
+// maxApplied bounds the replies whose pages wait to be removed.
+const maxApplied = 4096
+
+// remove removes the pages of applied replies; no device waits for that.
+func (s *shift) remove() {
+	for {
+		select {
+		case r := <-s.applied:
+			if err := s.q.PurgePages(s.ctx, r.user, r.device, r.session); err != nil && s.ctx.Err() == nil {
+				s.log.Debug("pages of an applied reply were not removed", zap.Error(err))
+			}
+		case <-s.ctx.Done():
+			return
+		}
+	}
 }
 
 // tell answers how far a session has come.

@@ -116,9 +116,13 @@ func TestSessionThroughTheGateway(t *testing.T) {
 	if m := d.ask("ack", nil, nil, session(1)); string(m.Data) != `{"ok":true}` {
 		t.Fatalf("ack %q", m.Data)
 	}
-	if n, _ := b.q.Pages(within(t), "alice", "phone", session(1)); n != 0 {
-		t.Fatal("pages left after ack:", n)
-	}
+	eventually(t, "pages gone after ack", func() error {
+		n, err := b.q.Pages(within(t), "alice", "phone", session(1))
+		if n != 0 {
+			err = fmt.Errorf("%d are left", n)
+		}
+		return err
+	})
 	if m := d.ask("get", nil, nil, session(2), "1"); string(m.Data) != "other" {
 		t.Fatalf("page %q", m.Data)
 	}

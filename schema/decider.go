@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/waystage/waystage/internal/pgerr"
 )
@@ -128,9 +129,16 @@ const (
 	decideHangs    = 3               // after so many questions without an answer in time the function is asked no more
 )
 
+// Transaction is what asking needs of one.
+type Transaction interface {
+	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
+	SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults
+	Conn() *pgx.Conn
+}
+
 // Ask asks a conflict function, in a transaction, as [DeciderRole]. An error is none of the function's doing. When a function has hung
 // a few times, what is left is answered as [TimedOut] at once: it must not hold up others.
-func Ask(ctx context.Context, tx pgx.Tx, function string, questions []Question) ([]Reply, error) {
+func Ask(ctx context.Context, tx Transaction, function string, questions []Question) ([]Reply, error) {
 	out := make([]Reply, 0, len(questions))
 	hung, single := 0, 0 // so many are asked one by one, to know which one hangs
 	for len(questions) > 0 {
@@ -159,7 +167,7 @@ func Ask(ctx context.Context, tx pgx.Tx, function string, questions []Question) 
 }
 
 // ask asks by one statement. A rollback to the savepoint undoes the settings, whatever the function did.
-func ask(ctx context.Context, tx pgx.Tx, function string, questions []Question) (replies []Reply, err error) {
+func ask(ctx context.Context, tx Transaction, function string, questions []Question) (replies []Reply, err error) {
 	nsp, name, _ := strings.Cut(function, ".")
 	n := len(questions)
 	base, theirs, mine, info := make([]*string, n), make([]*string, n), make([]string, n), make([]string, n)

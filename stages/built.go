@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/waystage/waystage/protocol"
 )
@@ -47,7 +48,7 @@ func (c *Catalog) view(name, hash string, built *protocol.Built) *set {
 }
 
 // builtFor keeps, once for all devices, what the requests' applications were built for that have not said so before, and notes the hashes.
-func builtFor(ctx context.Context, tx pgx.Tx, reqs []*incoming) error {
+func builtFor(ctx context.Context, tx *pgxpool.Conn, reqs []*incoming) error {
 	news := map[string]string{}
 	for _, r := range reqs {
 		if r.req.Built == nil || len(r.req.Built.Tables) == 0 {

@@ -4,9 +4,11 @@ import (
 	"context"
 	"fmt"
 	"math"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/waystage/waystage/protocol"
 )
@@ -14,11 +16,11 @@ import (
 // stage judges open requests and stages those that are taken, in one transaction. It returns the redelivered ones that
 // have been replied to.
 func (in *Intake) stage(ctx context.Context, cat *Catalog, reqs []*incoming) (back []*incoming, err error) {
-	tx, err := in.db.Begin(ctx)
+	tx, err := beginPiped(ctx, in.db)
 	if err != nil {
 		return nil, fmt.Errorf("begin staging: %w", err)
 	}
-	defer rollback(tx)
+	defer tx.end()
 	if err := in.devices(ctx, tx, cat, reqs); err != nil {
 		return nil, fmt.Errorf("look up devices: %w", err)
 	}
@@ -41,9 +43,6 @@ func (in *Intake) stage(ctx context.Context, cat *Catalog, reqs []*incoming) (ba
 	if err := in.insert(ctx, tx, cat, fresh); err != nil {
 		return nil, fmt.Errorf("stage %d sessions: %w", len(fresh), err)
 	}
-	if err := tx.Commit(ctx); err != nil {
-		return nil, fmt.Errorf("commit staging: %w", err)
-	}
 	return back, nil
 }
 
@@ -56,7 +55,7 @@ func rollback(tx pgx.Tx) {
 }
 
 // devices finds the devices, locks their rows in order, and refuses what is refused before the ledger is looked at.
-func (in *Intake) devices(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*incoming) error {
+func (in *Intake) devices(ctx context.Context, tx *piped, cat *Catalog, reqs []*incoming) error {
 	type identity struct{ user, device string }
 	type known struct {
 		id      int64
@@ -70,25 +69,25 @@ func (in *Intake) devices(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 	for i, r := range reqs {
 		users[i], devices[i] = r.user, r.device
 	}
-	rows, err := tx.Query(ctx, `
+	found := map[identity]known{}
+	layout := cat.layout
+	b := &pgx.Batch{}
+	b.Queue(`
 		SELECT d.id, d.user_name, d.name, d.blocked OR u.blocked, u.groups, coalesce(d.reset_at, 'epoch'), d.new_key_asked_at IS NOT NULL, coalesce(d.built, ''),
 			(SELECT value::bigint FROM waystage.meta WHERE key = 'layout')
 		FROM waystage.device d JOIN waystage.app_user u ON u.name = d.user_name
 		WHERE (d.user_name, d.name) IN (SELECT * FROM unnest($1::text[], $2::text[])) AND d.removed_at IS NULL
-		ORDER BY d.id FOR NO KEY UPDATE OF d`, users, devices)
-	if err != nil {
+		ORDER BY d.id FOR NO KEY UPDATE OF d`, users, devices).Query(func(rows pgx.Rows) error {
+		var k known
+		var id identity
+		_, err := pgx.ForEachRow(rows, []any{&k.id, &id.user, &id.device, &k.blocked, &k.groups, &k.resetAt, &k.newKey, &k.built, &layout}, func() error {
+			found[id] = k
+			k.groups = nil
+			return nil
+		})
 		return err
-	}
-	found := map[identity]known{}
-	var k known
-	var id identity
-	layout := cat.layout
-	_, err = pgx.ForEachRow(rows, []any{&k.id, &id.user, &id.device, &k.blocked, &k.groups, &k.resetAt, &k.newKey, &k.built, &layout}, func() error {
-		found[id] = k
-		k.groups = nil
-		return nil
 	})
-	if err != nil {
+	if err := tx.send(ctx, b); err != nil {
 		return err
 	}
 	if layout != cat.layout {
@@ -115,7 +114,7 @@ func (in *Intake) devices(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 }
 
 // ledgers applies rule D4 to the requests that are still open, in the order in which they came.
-func (in *Intake) ledgers(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*incoming) error {
+func (in *Intake) ledgers(ctx context.Context, tx *piped, cat *Catalog, reqs []*incoming) error {
 	var all, newIDs []string
 	var devices, newDevices []int64
 	for _, r := range reqs {
@@ -159,7 +158,12 @@ func (in *Intake) ledgers(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 		}
 		return rows.Err()
 	})
-	if err := tx.SendBatch(ctx, b).Close(); err != nil {
+	var numbers []int64 // for those that are taken: given while their devices are locked, so that they are in order
+	b.Queue(`SELECT nextval('waystage.session_id_seq') FROM generate_series(1, $1::int)`, len(all)).Query(func(rows pgx.Rows) (err error) {
+		numbers, err = pgx.CollectRows(rows, pgx.RowTo[int64])
+		return err
+	})
+	if err := tx.send(ctx, b); err != nil {
 		return err
 	}
 	var ids []string
@@ -183,6 +187,7 @@ func (in *Intake) ledgers(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 		}
 		if r.outcome = ledgers[r.req.Incarnation].decide(r); r.outcome == taken {
 			under[r.deviceID] = append(under[r.deviceID], lease{r.req.Incarnation, max(1, int(in.cfg.Lease.Seconds()))})
+			r.sessionID, numbers = numbers[0], numbers[1:]
 		} else if r.outcome == again {
 			ids, ns = append(ids, r.req.Incarnation), append(ns, r.req.N)
 			redelivered[r.session] = append(redelivered[r.session], r)
@@ -191,7 +196,7 @@ func (in *Intake) ledgers(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 	if len(ids) == 0 {
 		return nil
 	}
-	rows, err := tx.Query(ctx, `
+	rows, err := tx.conn.Query(ctx, `
 		SELECT s.token, s.id, s.pages, s.state IN ('replied', 'closed')
 		FROM waystage.session s WHERE (s.incarnation, s.n) IN (SELECT * FROM unnest($1::text[], $2::bigint[]))`, ids, ns)
 	if err != nil {
@@ -210,14 +215,94 @@ func (in *Intake) ledgers(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*
 	return err
 }
 
-// insert writes sessions, records and ledger: one set insert, one COPY, one set update each.
-func (in *Intake) insert(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*incoming) error {
-	if err := builtFor(ctx, tx, reqs); err != nil {
+// insert writes sessions, records and ledger, one set statement each, and commits.
+func (in *Intake) insert(ctx context.Context, tx *piped, cat *Catalog, reqs []*incoming) error {
+	if err := builtFor(ctx, tx.conn, reqs); err != nil {
 		return err
 	}
-	if err := in.insertSessions(ctx, tx, cat, reqs); err != nil {
+	b := &pgx.Batch{}
+	if err := in.insertSessions(b, cat, reqs); err != nil {
 		return err
 	}
+	records := 0
+	for _, r := range reqs {
+		records += len(r.records)
+	}
+	if records > mostInserted {
+		if err := tx.send(ctx, b); err != nil {
+			return err
+		}
+		if err := copyRecords(ctx, tx.conn, reqs); err != nil {
+			return err
+		}
+		b = &pgx.Batch{}
+	} else if records > 0 {
+		insertRecords(b, reqs, records)
+	}
+	if err := in.moveLedgers(b, reqs); err != nil {
+		return err
+	}
+	return tx.commit(ctx, b)
+}
+
+// mostInserted is up to how many records are inserted with the other statements. COPY costs less for each, and more to begin with.
+const mostInserted = 300
+
+// insertRecords queues the records of requests.
+func insertRecords(b *pgx.Batch, reqs []*incoming, n int) {
+	tbls, sessions, idxs, tnames, ops, keys := make([]int, 0, n), make([]int64, 0, n), make([]int, 0, n), make([]string, 0, n), make([]string, 0, n), make([]string, 0, n)
+	bvers, units := make([]int64, 0, n), make([]int64, 0, n)
+	bases, imgs, codes, whys := make([]*string, 0, n), make([]*string, 0, n), make([]*string, 0, n), make([]*string, 0, n)
+	text := func(b []byte) *string {
+		if b == nil {
+			return nil
+		}
+		s := string(b)
+		return &s
+	}
+	for _, q := range reqs {
+		for i := range q.records {
+			r := &q.records[i]
+			tbls, sessions, idxs, tnames, ops = append(tbls, r.tbl), append(sessions, q.sessionID), append(idxs, i), append(tnames, r.tname), append(ops, r.op)
+			keys, bvers, units = append(keys, keyArray(r.key)), append(bvers, r.bver), append(units, r.unit)
+			bases, imgs = append(bases, text(r.base)), append(imgs, text(r.img))
+			var code, why *string
+			if r.code != "" {
+				c := string(r.code)
+				code, why = &c, &r.why
+			}
+			codes, whys = append(codes, code), append(whys, why)
+		}
+	}
+	b.Queue(`INSERT INTO waystage.staging (tbl, session_id, idx, tname, op, key, bver, base, img, unit, bad_code, bad_detail)
+		SELECT tbl, session_id, idx, tname, op, key::text[], bver, base::jsonb, img::jsonb, unit, code, why
+		FROM unnest($1::int[], $2::bigint[], $3::int[], $4::text[], $5::text[], $6::text[], $7::bigint[], $8::text[], $9::text[], $10::bigint[], $11::text[], $12::text[])
+			AS u(tbl, session_id, idx, tname, op, key, bver, base, img, unit, code, why)`,
+		tbls, sessions, idxs, tnames, ops, keys, bvers, bases, imgs, units, codes, whys)
+}
+
+// keyArray renders a key as the text of an array.
+func keyArray(key []protocol.Value) string {
+	b := []byte{'{'}
+	for i, v := range key {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		if v == nil {
+			b = append(b, "NULL"...)
+			continue
+		}
+		b = append(b, '"')
+		b = append(b, arrayQuotes.Replace(*v)...)
+		b = append(b, '"')
+	}
+	return string(append(b, '}'))
+}
+
+var arrayQuotes = strings.NewReplacer(`\`, `\\`, `"`, `\"`)
+
+// copyRecords copies the records of requests.
+func copyRecords(ctx context.Context, conn *pgxpool.Conn, reqs []*incoming) error {
 	var at, idx = 0, -1
 	next := func() ([]any, error) {
 		for idx++; at < len(reqs) && idx >= len(reqs[at].records); {
@@ -234,12 +319,14 @@ func (in *Intake) insert(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*i
 		}
 		return []any{r.tbl, reqs[at].sessionID, idx, r.tname, r.op, r.key, r.bver, r.base, r.img, r.unit, code, why}, nil
 	}
-	_, err := tx.CopyFrom(ctx, pgx.Identifier{"waystage", "staging"},
+	_, err := conn.CopyFrom(ctx, pgx.Identifier{"waystage", "staging"},
 		[]string{"tbl", "session_id", "idx", "tname", "op", "key", "bver", "base", "img", "unit", "bad_code", "bad_detail"},
 		pgx.CopyFromFunc(next))
-	if err != nil {
-		return err
-	}
+	return err
+}
+
+// moveLedgers queues what the sessions move in the ledgers and at the devices.
+func (in *Intake) moveLedgers(b *pgx.Batch, reqs []*incoming) error {
 	var ids, apps, libraries, built []string
 	var ns, devices []int64
 	var hashes [][]byte
@@ -261,7 +348,6 @@ func (in *Intake) insert(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*i
 		}
 		ids, ns, hashes = append(ids, r.req.Incarnation), append(ns, r.req.N), append(hashes, r.hash)
 	}
-	b := &pgx.Batch{}
 	b.Queue(`UPDATE waystage.incarnation i SET last_n = u.n, last_hash = u.hash
 		FROM unnest($1::text[], $2::bigint[], $3::bytea[]) AS u(id, n, hash) WHERE i.id = u.id`, ids, ns, hashes)
 	b.Queue(`UPDATE waystage.device d SET last_seen_at = now(), app = u.app, library = u.library, built = nullif(u.built, ''), oldest_unsent_at = u.oldest
@@ -270,16 +356,13 @@ func (in *Intake) insert(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*i
 	// Whoever opens a session has applied the reply to the one before (rule D1).
 	b.Queue(`UPDATE waystage.session s SET state = 'closed', closed_at = clock_timestamp()
 		FROM unnest($1::text[], $2::bigint[]) AS u(id, n) WHERE s.incarnation = u.id AND s.n = u.n - 1 AND s.state = 'replied'`, ids, ns)
-	if err := findings(b, reqs); err != nil {
-		return err
-	}
-	return tx.SendBatch(ctx, b).Close()
+	return findings(b, reqs)
 }
 
-func (in *Intake) insertSessions(ctx context.Context, tx pgx.Tx, cat *Catalog, reqs []*incoming) error {
+func (in *Intake) insertSessions(b *pgx.Batch, cat *Catalog, reqs []*incoming) error {
 	n := len(reqs)
 	var (
-		devices, ns                                       = make([]int64, n), make([]int64, n)
+		ids, devices, ns                                  = make([]int64, n), make([]int64, n), make([]int64, n)
 		users, names, tokens, incs, nonces, sets          = make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n)
 		cursors, epochs, schemas, contentTypes, encodings = make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]string, n)
 		hashes                                            = make([][]byte, n)
@@ -287,15 +370,13 @@ func (in *Intake) insertSessions(ctx context.Context, tx pgx.Tx, cat *Catalog, r
 		records                                           = make([]int, n)
 		received                                          = make([]time.Time, n)
 		verify, files                                     = make([]*string, n), make([]*string, n)
-		byToken                                           = make(map[string]*incoming, n)
 	)
 	for i, r := range reqs {
-		devices[i], ns[i], users[i], names[i], tokens[i] = r.deviceID, r.req.N, r.user, r.device, r.session
+		ids[i], devices[i], ns[i], users[i], names[i], tokens[i] = r.sessionID, r.deviceID, r.req.N, r.user, r.device, r.session
 		incs[i], nonces[i], sets[i], cursors[i], epochs[i] = r.req.Incarnation, r.req.Nonce, r.req.Set, r.req.Cursor, r.req.Epoch
 		schemas[i], contentTypes[i], encodings[i], hashes[i] = r.req.Schema, r.contentType, r.encoding, r.hash
 		newKeys[i] = r.newKey
 		waits[i], records[i], received[i] = r.req.Wait == protocol.WaitSource, len(r.records), r.received
-		byToken[r.session] = r
 		var err error
 		if verify[i], err = demand(r.req.Verify); err != nil {
 			return err
@@ -305,27 +386,17 @@ func (in *Intake) insertSessions(ctx context.Context, tx pgx.Tx, cat *Catalog, r
 		}
 	}
 	// A session without records has nothing to be merged.
-	rows, err := tx.Query(ctx, `
-		INSERT INTO waystage.session (device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
+	b.Queue(`
+		INSERT INTO waystage.session (id, device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
 			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify, files, new_key, judged_by, state, merged_at)
-		SELECT device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
+		OVERRIDING SYSTEM VALUE
+		SELECT id, device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
 			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify::jsonb, files::jsonb, new_key, $21,
 			CASE WHEN records = 0 THEN 'merged' ELSE 'staged' END, CASE WHEN records = 0 THEN clock_timestamp() END
 		FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[],
-			$11::text[], $12::text[], $13::text[], $14::bytea[], $15::boolean[], $16::int[], $17::timestamptz[], $18::text[], $19::text[], $20::boolean[]) WITH ORDINALITY
+			$11::text[], $12::text[], $13::text[], $14::bytea[], $15::boolean[], $16::int[], $17::timestamptz[], $18::text[], $19::text[], $20::boolean[], $22::bigint[])
 			AS u(device_id, n, user_name, device_name, token, incarnation, nonce, set_name, cursor_from, epoch,
-			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify, files, new_key, ord)
-		ORDER BY ord
-		RETURNING token, id`,
-		devices, ns, users, names, tokens, incs, nonces, sets, cursors, epochs, schemas, contentTypes, encodings, hashes, waits, records, received, verify, files, newKeys, cat.layout)
-	if err != nil {
-		return err
-	}
-	var token string
-	var id int64
-	_, err = pgx.ForEachRow(rows, []any{&token, &id}, func() error {
-		byToken[token].sessionID = id
-		return nil
-	})
-	return err
+			schema_hash, content_type, encoding, hash, wait_source, records, received_at, verify, files, new_key, id)`,
+		devices, ns, users, names, tokens, incs, nonces, sets, cursors, epochs, schemas, contentTypes, encodings, hashes, waits, records, received, verify, files, newKeys, cat.layout, ids)
+	return nil
 }

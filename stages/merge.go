@@ -88,7 +88,8 @@ type mergeBatch struct {
 	m   *Merge
 	ctx context.Context
 	cat *Catalog
-	tx  pgx.Tx
+	tx  *piped
+	bad bool // some claimed records may be refused without looking at their rows
 
 	ids      []int64 // claimed sessions in order
 	sessions map[int64]*mergeSession
@@ -107,10 +108,10 @@ type mergeSession struct {
 }
 
 func (b *mergeBatch) run(doing func(string)) (err error) {
-	if b.tx, err = b.m.db.Begin(b.ctx); err != nil {
+	if b.tx, err = beginPiped(b.ctx, b.m.db); err != nil {
 		return fmt.Errorf("begin merging: %w", err)
 	}
-	defer rollback(b.tx)
+	defer b.tx.end()
 	records, err := b.claim()
 	if err != nil || len(b.ids) == 0 {
 		return wrap("claim staged sessions", err)
@@ -150,9 +151,6 @@ func (b *mergeBatch) run(doing func(string)) (err error) {
 	if err := b.finish(); err != nil {
 		return fmt.Errorf("finish merging: %w", err)
 	}
-	if err := b.tx.Commit(b.ctx); err != nil {
-		return fmt.Errorf("commit merge: %w", err)
-	}
 	return nil
 }
 
@@ -173,21 +171,21 @@ func (b *mergeBatch) claim() (records int, err error) {
 	if one {
 		limit = 1
 	}
-	rows, err := b.tx.Query(b.ctx, claimSQL, b.m.cfg.MaxRecords, sessions, sets, limit)
-	if err != nil {
-		return 0, err
-	}
 	b.sessions = map[int64]*mergeSession{}
-	var id int64
-	var n int
-	var s mergeSession
-	_, err = pgx.ForEachRow(rows, []any{&id, &s.user, &s.attributes, &s.incarnation, &s.set, &s.epoch, &s.judgedBy, &n}, func() error {
-		c := s
-		b.ids, b.sessions[id] = append(b.ids, id), &c
-		records += n
-		return nil
+	q := &pgx.Batch{}
+	q.Queue(claimSQL, b.m.cfg.MaxRecords, sessions, sets, limit).Query(func(rows pgx.Rows) error {
+		var id int64
+		var n int
+		var s mergeSession
+		_, err := pgx.ForEachRow(rows, []any{&id, &s.user, &s.attributes, &s.incarnation, &s.set, &s.epoch, &s.judgedBy, &n}, func() error {
+			c := s
+			b.ids, b.sessions[id] = append(b.ids, id), &c
+			records += n
+			return nil
+		})
+		return err
 	})
-	return records, err
+	return records, b.tx.send(b.ctx, q)
 }
 
 func (b *mergeBatch) lock() (tables []int, err error) {
@@ -203,6 +201,7 @@ func (b *mergeBatch) lock() (tables []int, err error) {
 		})
 		return err
 	})
+	q.Queue(`SELECT EXISTS (SELECT FROM waystage.staging WHERE session_id = ANY ($1) AND bad_code IS NOT NULL)`, b.ids).QueryRow(func(row pgx.Row) error { return row.Scan(&b.bad) })
 	// When the tables are locked: they do not change any more now.
 	layout := b.cat.layout
 	q.Queue(layoutSQL).QueryRow(func(row pgx.Row) error { return row.Scan(&layout) })
@@ -216,12 +215,12 @@ func (b *mergeBatch) lock() (tables []int, err error) {
 	return tables, nil
 }
 
-// finish ends the sessions' staging.
+// finish ends the sessions' staging, and commits.
 func (b *mergeBatch) finish() error {
 	q := &pgx.Batch{}
 	q.Queue(`DELETE FROM waystage.staging WHERE session_id = ANY ($1)`, b.ids)
 	// Nobody fetches a reply to an operator's session.
 	q.Queue(`UPDATE waystage.session SET state = CASE WHEN user_name = $2 THEN 'closed' ELSE 'merged' END, merged_at = clock_timestamp()
 		WHERE id = ANY ($1)`, b.ids, protocol.OperatorUser)
-	return b.tx.SendBatch(b.ctx, q).Close()
+	return b.tx.commit(b.ctx, q)
 }

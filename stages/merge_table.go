@@ -50,6 +50,7 @@ type decision struct {
 func (b *mergeBatch) table(id int) error {
 	q := b.cat.tables[id]
 	if q == nil {
+		b.bad = true
 		_, err := b.tx.Exec(b.ctx, `UPDATE waystage.staging SET bad_code = $3, bad_detail = 'table ' || tname || ' is not in the device''s subscription set'
 			WHERE tbl = $1 AND session_id = ANY ($2) AND bad_code IS NULL`, id, b.ids, string(protocol.CodeUnknownTable))
 		return wrap("refuse records of a table that is no longer synced", err)
@@ -59,6 +60,7 @@ func (b *mergeBatch) table(id int) error {
 		return wrap("merge "+q.table.FullName(), err)
 	}
 	b.m.log.Debug("a set statement failed, its bad values are looked for", zap.String("table", q.table.FullName()), zap.Error(err))
+	b.bad = true
 	tag, err := b.tx.Exec(b.ctx, q.invalid, b.ids)
 	if err != nil {
 		return fmt.Errorf("look for invalid values in %s: %w", q.table.FullName(), err)
@@ -119,9 +121,6 @@ type recordID struct {
 
 // try merges records under a savepoint: all of the table's, or those listed. A failure leaves no trace.
 func (b *mergeBatch) try(q *tableSQL, list []recordID) (err error) {
-	if _, err := b.tx.Exec(b.ctx, "SAVEPOINT ws_table"); err != nil {
-		return err
-	}
 	merged, rejected, judged, codes := b.merged, b.rejected, len(b.judged), map[string]int{}
 	var fresh []func() // undo for keys seen
 	err = b.rounds(q, list, codes, &fresh)
@@ -129,8 +128,7 @@ func (b *mergeBatch) try(q *tableSQL, list []recordID) (err error) {
 		for c, n := range codes {
 			b.codes[c] += n
 		}
-		_, err = b.tx.Exec(b.ctx, "RELEASE SAVEPOINT ws_table")
-		return err
+		return nil
 	}
 	b.merged, b.rejected, b.judged = merged, rejected, b.judged[:judged]
 	for _, undo := range fresh {
@@ -145,14 +143,18 @@ func (b *mergeBatch) try(q *tableSQL, list []recordID) (err error) {
 	return err
 }
 
-// rounds merges in as few set statements as possible. Facts hold until a record of the same key has changed the row:
+// rounds merges, between a savepoint and its release, in as few set statements as possible. Facts hold until a record of the same key has changed the row:
 // what follows on that key waits for the next round, which reads the facts anew. What follows on a key whose records
 // changed nothing needs no new round.
 func (b *mergeBatch) rounds(q *tableSQL, list []recordID, codes map[string]int, undo *[]func()) error {
 	var later waiting
 	for round := 1; ; round++ {
 		facts, err := b.facts(q, list, round == 1)
-		if err != nil || len(facts) == 0 {
+		if err != nil {
+			return err
+		}
+		if len(facts) == 0 {
+			_, err := b.tx.Exec(b.ctx, releaseTable)
 			return err
 		}
 		allowed, err := b.subset(q, facts)
@@ -203,11 +205,9 @@ func (b *mergeBatch) rounds(q *tableSQL, list []recordID, codes map[string]int, 
 				changed[f.key] = true
 			}
 		}
-		if err := b.apply(q, decisions, codes); err != nil {
+		list, later = later.due(asked)
+		if err := b.apply(q, decisions, codes, len(list) == 0); err != nil || len(list) == 0 {
 			return err
-		}
-		if list, later = later.due(asked); len(list) == 0 {
-			return nil
 		}
 	}
 }
@@ -218,24 +218,29 @@ func (d *decision) writes() bool {
 
 // facts reads what rule D3 needs. A round after the first, and a part of the table, name their records.
 func (b *mergeBatch) facts(q *tableSQL, list []recordID, first bool) ([]fact, error) {
-	var rows pgx.Rows
-	var err error
-	if first && list == nil {
-		rows, err = b.tx.Query(b.ctx, q.facts, b.ids)
-	} else {
+	batch := &pgx.Batch{}
+	if first {
+		batch.Queue("SAVEPOINT ws_table")
+	}
+	sql, args := q.facts, []any{b.ids}
+	if !first || list != nil {
 		sessions, idx := columnsOf(list)
-		rows, err = b.tx.Query(b.ctx, q.factsOf, sessions, idx)
+		sql, args = q.factsOf, []any{sessions, idx}
 	}
-	if err != nil {
-		return nil, err
-	}
-	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (f fact, err error) {
-		var key []*string
-		err = row.Scan(&f.session, &f.idx, &f.op, &f.unit, &f.bver, &key, &f.version, &f.lw, &f.mver, &f.same, &f.base, &f.from, &f.to)
-		f.key = keyString(key)
-		return f, err
+	var facts []fact
+	batch.Queue(sql, args...).Query(func(rows pgx.Rows) (err error) {
+		facts, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (f fact, err error) {
+			var key []*string
+			err = row.Scan(&f.session, &f.idx, &f.op, &f.unit, &f.bver, &key, &f.version, &f.lw, &f.mver, &f.same, &f.base, &f.from, &f.to)
+			f.key = keyString(key)
+			return f, err
+		})
+		return err
 	})
+	return facts, b.tx.send(b.ctx, batch)
 }
+
+const releaseTable = "RELEASE SAVEPOINT ws_table"
 
 // decide applies the subset check and rule D3.
 func (b *mergeBatch) decide(q *tableSQL, f *fact, allowed map[pair]bool) decision {
@@ -299,10 +304,14 @@ var reasons = map[conflict.Reason]string{
 	conflict.FunctionFails:   "the function that decides about conflicts failed",
 }
 
-// apply writes the decisions: the ledger first, which keeps the old images, then the mirror rows.
-func (b *mergeBatch) apply(q *tableSQL, decisions []decision, codes map[string]int) error {
+// apply writes the decisions: the ledger first, which keeps the old images, then the mirror rows. last tells that the table has no more.
+func (b *mergeBatch) apply(q *tableSQL, decisions []decision, codes map[string]int, last bool) error {
 	n := len(decisions)
 	if n == 0 {
+		if last {
+			_, err := b.tx.Exec(b.ctx, releaseTable)
+			return err
+		}
 		return nil
 	}
 	sessions, idx, versions := make([]int64, n), make([]int, n), make([]int64, n)
@@ -346,6 +355,9 @@ func (b *mergeBatch) apply(q *tableSQL, decisions []decision, codes map[string]i
 	check(conflict.Remove, q.delete)
 	check(conflict.Change, q.update, b.stamp)
 	check(conflict.Create, q.insert, b.stamp)
+	if last {
+		batch.Queue(releaseTable)
+	}
 	return b.tx.SendBatch(b.ctx, batch).Close()
 }
 
@@ -421,7 +433,9 @@ JOIN unnest($1::text[], $2::text[]) WITH ORDINALITY AS p(usr, val, i) ON p.usr =
 }
 
 // asReader runs a definition's query as the role that may read the mirror and nothing else.
-func asReader(ctx context.Context, tx pgx.Tx, sql string, args ...any) (found []int64, err error) {
+func asReader(ctx context.Context, tx interface {
+	SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults
+}, sql string, args ...any) (found []int64, err error) {
 	batch := &pgx.Batch{}
 	for _, setting := range readerSettings {
 		batch.Queue(setting)

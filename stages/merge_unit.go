@@ -71,6 +71,9 @@ func (b *mergeBatch) pass(tables []int) error {
 			return err
 		}
 	}
+	if !b.bad {
+		return nil
+	}
 	bad := badSQL
 	if sabotage.On(sabotage.SwallowBad) {
 		bad = strings.Replace(bad, "s.bad_code IS NOT NULL", "false", 1)
@@ -274,6 +277,7 @@ func (b *mergeBatch) mark(list []fallen) error {
 	for i, f := range list {
 		sessions[i], idx[i], codes[i], details[i] = f.session, f.idx, f.code, f.detail
 	}
+	b.bad = true
 	_, err := b.tx.Exec(b.ctx, `UPDATE waystage.staging s SET bad_code = u.code, bad_detail = u.detail
 		FROM unnest($1::bigint[], $2::int[], $3::text[], $4::text[]) AS u(session_id, idx, code, detail)
 		WHERE s.session_id = u.session_id AND s.idx = u.idx AND s.bad_code IS NULL`, sessions, idx, codes, details)

@@ -52,6 +52,7 @@ func (b *mergeBatch) rejudge() error {
 	if err := left.drop(b); err != nil || len(sessions) == 0 {
 		return err
 	}
+	b.bad = true
 	_, err = b.tx.Exec(b.ctx, `UPDATE waystage.staging s SET bad_code = u.code, bad_detail = left(u.why, $5)
 		FROM unnest($1::bigint[], $2::int[], $3::text[], $4::text[]) AS u(session, idx, code, why) WHERE s.session_id = u.session AND s.idx = u.idx`,
 		sessions, indexes, codes, details, maxDetail)
