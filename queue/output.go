@@ -268,5 +268,9 @@ func (q *Queue) Announce(stage, version string, stats func() any) (stop func(), 
 		_ = svc.Stop()
 		return nil, fmt.Errorf("queue: announce %s: %w", stage, err)
 	}
+	if err := q.app.FlushTimeout(callTimeout); err != nil { // so that who asks after the return is answered
+		_ = svc.Stop()
+		return nil, fmt.Errorf("queue: announce %s: %w", stage, err)
+	}
 	return func() { _ = svc.Stop() }, nil
 }
