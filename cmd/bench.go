@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -14,7 +13,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/waystage/waystage/device"
 	"github.com/waystage/waystage/internal/registry"
 )
 
@@ -46,15 +44,11 @@ type step struct {
 
 // benchSteps is everything that can be measured, in the order in which it is.
 func benchSteps() []step {
-	return []step{
-		{"first-sync", []figureSpec{{name: "first_sync", unit: "rows/s"}}, worldOptions{}, (*bench).firstSync},
-		{"stages", []figureSpec{{name: "intake", unit: "rows/s"}, {name: "merge", unit: "rows/s"}, {name: "up", unit: "rows/s"}}, worldOptions{}, (*bench).stagesAlone},
+	return append(pipelineSteps(), []step{
 		{"apply", applyFigures, applyWorld, (*bench).applyAll},
 		{"capture", captureFigures, worldOptions{schema: applyWorld.schema, definitions: applyWorld.definitions}, (*bench).captureAlone},
-		{"sessions", []figureSpec{{name: "sessions", unit: "sessions/s"}, {name: "session_p50", unit: "ms", atMost: true}, {name: "session_p99", unit: "ms", atMost: true}},
-			worldOptions{}, (*bench).sessions},
 		{"neighbour", []figureSpec{{name: "neighbour_p99", unit: "ms", atMost: true}}, worldOptions{}, (*bench).neighbour},
-	}
+	}...)
 }
 
 func newBench(a *app) *cobra.Command {
@@ -261,40 +255,6 @@ func (b *bench) addUser(ctx context.Context, name, group string) error {
 const benchPassword = "only for this measurement"
 
 func rate(n int, d time.Duration) float64 { return float64(n) / d.Seconds() }
-
-// firstSync measures a new device's first download, against inserting the same rows into the same SQLite tables.
-func (b *bench) firstSync(ctx context.Context) error {
-	if err := b.addUser(ctx, "office", "office"); err != nil {
-		return err
-	}
-	file := filepath.Join(b.dir, "office.db")
-	d, err := device.Open(ctx, file, device.Options{})
-	if err != nil {
-		return err
-	}
-	defer func() { _ = d.Close() }()
-	if err := d.Enrol(ctx, device.EnrolOptions{Servers: []string{b.url}, User: "office", Device: "desk", Password: benchPassword}); err != nil {
-		return err
-	}
-	began := time.Now()
-	if _, err := d.Sync(ctx, device.SyncOptions{}); err != nil {
-		return err
-	}
-	took := time.Since(began)
-	var n int
-	if err := d.DB().QueryRowContext(ctx, "SELECT count(*) FROM item").Scan(&n); err != nil {
-		return err
-	}
-	if n != b.users*b.rows {
-		return fmt.Errorf("the first sync brought %d rows of %d", n, b.users*b.rows)
-	}
-	base, err := plainInsert(ctx, d.DB(), filepath.Join(b.dir, "plain.db"))
-	if err != nil {
-		return err
-	}
-	b.record("first_sync", rate(n, took), "rows/s", rate(n, base), "a new device's first sync, against inserting the same rows into the same SQLite table in one transaction")
-	return nil
-}
 
 // cores is how many the measurement has.
 func cores() int { return runtime.GOMAXPROCS(0) }

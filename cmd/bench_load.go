@@ -9,22 +9,20 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
-	"github.com/jackc/pgx/v5"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/waystage/waystage/device"
 	"github.com/waystage/waystage/protocol"
-	"github.com/waystage/waystage/stages"
 )
 
 // loadDevice is a device without a database: it keeps what the protocol asks for and nothing else, so that the server
 // is what is measured.
 type loadDevice struct {
 	t             device.Transport
+	set           string
 	inc           string
 	n             int64
 	cursor, epoch string
@@ -33,10 +31,10 @@ type loadDevice struct {
 	rows          []protocol.Row
 }
 
-func (b *bench) loadDevice(ctx context.Context, user string) (*loadDevice, error) {
+func (b *bench) loadDevice(ctx context.Context, user, name, set string) (*loadDevice, error) {
 	// A hundred logins by password at once may keep one waiting for longer than the broker does.
 	t, err := backoff.Retry(ctx, func() (device.Transport, error) {
-		return device.DialNATS(ctx, device.Login{Servers: []string{b.url}, User: user, Device: "load", Password: benchPassword})
+		return device.DialNATS(ctx, device.Login{Servers: []string{b.url}, User: user, Device: name, Password: benchPassword})
 	}, backoff.WithMaxTries(5))
 	if err != nil {
 		return nil, err
@@ -45,14 +43,14 @@ func (b *bench) loadDevice(ctx context.Context, user string) (*loadDevice, error
 	if _, err := rand.Read(inc); err != nil {
 		return nil, err
 	}
-	return &loadDevice{t: t, inc: hex.EncodeToString(inc)}, nil
+	return &loadDevice{t: t, inc: hex.EncodeToString(inc), set: set}, nil
 }
 
 // put sends a session with these changes and returns its token.
 func (d *loadDevice) put(ctx context.Context, changes []protocol.Change) (string, error) {
 	d.n++
 	token := protocol.SessionToken(d.inc, d.n)
-	req := protocol.Request{V: protocol.Version, Incarnation: d.inc, N: d.n, Nonce: token[len(token)-8:], Set: "own", Cursor: d.cursor, Schema: d.hash,
+	req := protocol.Request{V: protocol.Version, Incarnation: d.inc, N: d.n, Nonce: token[len(token)-8:], Set: d.set, Cursor: d.cursor, Schema: d.hash,
 		Epoch: d.epoch, Changes: changes}
 	if len(changes) > 0 {
 		req.Columns = []protocol.Layout{{Table: "public.item", Columns: d.columns}}
@@ -145,84 +143,6 @@ func (d *loadDevice) edit(row protocol.Row, note string) protocol.Change {
 		Version: row.Version, Base: row.Values, New: next}
 }
 
-// stagesAlone measures intake, merge and up one after the other, by letting one pool work while the others rest.
-func (b *bench) stagesAlone(ctx context.Context) error {
-	devices, err := b.fleet(ctx)
-	if err != nil {
-		return err
-	}
-	records := 0
-	if err := b.pools(ctx, stages.ModePause, "intake", "merge", "reply", "apply-up"); err != nil {
-		return err
-	}
-	tokens := make([]string, len(devices))
-	for i, d := range devices {
-		var changes []protocol.Change
-		for _, r := range d.rows[:len(d.rows)/2] {
-			changes = append(changes, d.edit(r, "edited on device "+d.inc))
-		}
-		records += len(changes)
-		if tokens[i], err = d.put(ctx, changes); err != nil {
-			return err
-		}
-	}
-	if err := b.pools(ctx, stages.ModeRun, "intake"); err != nil {
-		return err
-	}
-	took, err := until(ctx, b.mirror, "SELECT count(*) = $1 FROM waystage.session WHERE state = 'staged'", len(devices))
-	if err != nil {
-		return err
-	}
-	base, err := b.timed(ctx, "CREATE TABLE public.bench_staging (LIKE waystage.staging)", "INSERT INTO public.bench_staging TABLE waystage.staging", "DROP TABLE public.bench_staging")
-	if err != nil {
-		return err
-	}
-	b.record("intake", rate(records, took), "rows/s", rate(records, base), "requests in the input queue to staged rows, against INSERT ... SELECT of the staged rows into a table like it")
-
-	if err := b.pools(ctx, stages.ModeRun, "merge"); err != nil {
-		return err
-	}
-	if took, err = until(ctx, b.mirror, "SELECT NOT EXISTS (SELECT 1 FROM waystage.session WHERE state = 'staged')"); err != nil {
-		return err
-	}
-	base, err = b.timed(ctx, "CREATE TABLE public.bench_item (LIKE public.item INCLUDING ALL); INSERT INTO public.bench_item TABLE public.item; CREATE TABLE public.bench_batch (LIKE public.item); ANALYZE public.bench_item",
-		fmt.Sprintf(`INSERT INTO public.bench_batch SELECT * FROM public.item WHERE notes LIKE 'edited on device%%' LIMIT %d;
-			INSERT INTO public.bench_item SELECT * FROM public.bench_batch ON CONFLICT (id) DO UPDATE SET notes = excluded.notes, _ws_version = excluded._ws_version`, records),
-		"DROP TABLE public.bench_item, public.bench_batch")
-	if err != nil {
-		return err
-	}
-	b.record("merge", rate(records, took), "rows/s", rate(records, base), "staged rows to mirror tables and ledger, against copying the same rows to a table and INSERT ... ON CONFLICT DO UPDATE")
-
-	if err := b.pools(ctx, stages.ModeRun, "apply-up"); err != nil {
-		return err
-	}
-	if took, err = until(ctx, b.source, "SELECT count(*) = $1 FROM public.item WHERE notes LIKE 'edited on device%'", records); err != nil {
-		return err
-	}
-	b.record("up", rate(records, took), "rows/s", 0, "pending rows of the mirror to the source, with compare-and-set")
-
-	if err := b.pools(ctx, stages.ModeRun, "reply"); err != nil {
-		return err
-	}
-	for i, d := range devices {
-		verdicts, err := d.fetch(ctx, tokens[i])
-		if err != nil {
-			return err
-		}
-		for _, v := range verdicts {
-			if v.State != protocol.Merged && v.State != protocol.Applied {
-				return fmt.Errorf("a record was %s: %s %s", v.State, v.Code, v.Detail)
-			}
-		}
-		if err := d.t.Close(); err != nil {
-			return err
-		}
-	}
-	_, err = until(ctx, b.mirror, "SELECT NOT EXISTS (SELECT 1 FROM waystage.change WHERE state = 'merged')")
-	return err
-}
-
 // fleet makes the devices, with their rows.
 func (b *bench) fleet(ctx context.Context) ([]*loadDevice, error) {
 	devices := make([]*loadDevice, b.users)
@@ -234,7 +154,7 @@ func (b *bench) fleet(ctx context.Context) ([]*loadDevice, error) {
 			if err := b.addUser(gctx, user, "field"); err != nil {
 				return err
 			}
-			d, err := b.loadDevice(gctx, user)
+			d, err := b.loadDevice(gctx, user, "load", "own")
 			if err != nil {
 				return err
 			}
@@ -253,94 +173,6 @@ func (b *bench) fleet(ctx context.Context) ([]*loadDevice, error) {
 		})
 	}
 	return devices, g.Wait()
-}
-
-// timed runs a statement between two others that are not measured, on the mirror.
-func (b *bench) timed(ctx context.Context, before, statement, after string) (time.Duration, error) {
-	for _, s := range []string{before, "CHECKPOINT"} {
-		if _, err := b.mirror.Exec(ctx, s, pgx.QueryExecModeSimpleProtocol); err != nil {
-			return 0, err
-		}
-	}
-	began := time.Now()
-	if _, err := b.mirror.Exec(ctx, statement, pgx.QueryExecModeSimpleProtocol); err != nil {
-		return 0, err
-	}
-	took := time.Since(began)
-	_, err := b.mirror.Exec(ctx, after)
-	return took, err
-}
-
-// sessions measures concurrent two-way sessions, each with one changed row, against one INSERT and one SELECT commit of as many clients at the source.
-func (b *bench) sessions(ctx context.Context) error {
-	devices, err := b.fleet(ctx)
-	if err != nil {
-		return err
-	}
-	for _, d := range devices {
-		defer func() { _ = d.t.Close() }()
-	}
-	measure := func(work func(ctx context.Context, i int) error) (times []time.Duration, took time.Duration, err error) {
-		var mu sync.Mutex
-		began := time.Now()
-		end := began.Add(time.Duration(b.seconds) * time.Second)
-		g, gctx := errgroup.WithContext(ctx)
-		for i := range b.users {
-			g.Go(func() error {
-				for time.Now().Before(end) {
-					t := time.Now()
-					if err := work(gctx, i); err != nil {
-						return err
-					}
-					mu.Lock()
-					times = append(times, time.Since(t))
-					mu.Unlock()
-				}
-				return nil
-			})
-		}
-		err = g.Wait()
-		slices.Sort(times)
-		return times, time.Since(began), err
-	}
-	base, baseTook, err := measure(func(ctx context.Context, i int) error {
-		if _, err := b.source.Exec(ctx, "INSERT INTO public.visit (item_id, note) VALUES ($1, 'seen')", i); err != nil {
-			return err
-		}
-		var version int
-		return b.source.QueryRow(ctx, "SELECT version FROM public.item WHERE id = $1", i).Scan(&version)
-	})
-	if err != nil {
-		return err
-	}
-	times, took, err := measure(func(ctx context.Context, i int) error {
-		d := devices[i]
-		token, err := d.put(ctx, []protocol.Change{d.edit(d.rows[int(d.n)%len(d.rows)], "session "+fmt.Sprint(d.n))})
-		if err != nil {
-			return err
-		}
-		verdicts, err := d.fetch(ctx, token)
-		if err != nil {
-			return err
-		}
-		for _, v := range verdicts {
-			if v.N == d.n && v.State != protocol.Merged && v.State != protocol.Applied {
-				return fmt.Errorf("a record was %s: %s", v.State, v.Detail)
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	ms := func(times []time.Duration, q float64) float64 {
-		return float64(times[int(q*float64(len(times)-1))].Microseconds()) / 1000
-	}
-	what := fmt.Sprintf("%d concurrent devices: one row up, its verdict and what changed down; against an INSERT and a SELECT of as many clients at the source", b.users)
-	b.record("sessions", rate(len(times), took), "sessions/s", rate(len(base), baseTook), what)
-	b.record("session_p50", ms(times, 0.5), "ms", ms(base, 0.5), "median of the same")
-	b.record("session_p99", ms(times, 0.99), "ms", ms(base, 0.99), "99th percentile of the same")
-	return nil
 }
 
 // plainInsert copies the device's item table into another SQLite file with a prepared statement in one transaction.

@@ -17,7 +17,7 @@ import (
 
 // ReplyConfig bounds reply. The zero value of a field takes the default.
 type ReplyConfig struct {
-	MaxSessions int           // sessions answered from one snapshot (default 16)
+	MaxSessions int           // sessions answered from one snapshot (default 64)
 	PageSize    int           // bytes of a page before compression, but for one larger row (default 256 KiB)
 	MaxPage     int           // bytes of a message that the queue takes (default 1 MiB less 16 KiB for its header)
 	WaitSource  time.Duration // how long a session that asked for the source's verdict waits for it (default 5 s)
@@ -26,7 +26,7 @@ type ReplyConfig struct {
 }
 
 func (c ReplyConfig) withDefaults() ReplyConfig {
-	def(&c.MaxSessions, 16)
+	def(&c.MaxSessions, 64)
 	def(&c.PageSize, 256<<10)
 	def(&c.MaxPage, 1<<20-16<<10)
 	def(&c.WaitSource, 5*time.Second)

@@ -3,6 +3,7 @@ package stages
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -38,8 +39,10 @@ func (b *replyBatch) rows() error {
 	if len(queries) == 0 {
 		return nil
 	}
-	names := make([]string, len(queries))
-	for i, q := range queries {
+	asked := together(queries)
+	names := make([]string, len(asked))
+	for i, of := range asked {
+		q := of[0]
 		sum := sha256.Sum256([]byte(q.sql))
 		names[i] = "ws_" + hex.EncodeToString(sum[:12])
 		if _, err := b.conn.Conn().Prepare(b.ctx, names[i], q.sql); err != nil {
@@ -47,12 +50,12 @@ func (b *replyBatch) rows() error {
 		}
 	}
 	pipe := b.conn.Conn().PgConn().StartPipeline(b.ctx)
-	for i, q := range queries {
-		pipe.SendQueryPrepared(names[i], q.params, nil, nil)
+	for i, of := range asked {
+		pipe.SendQueryPrepared(names[i], of[0].params, nil, nil)
 	}
 	err := pipe.Sync()
-	for i := 0; err == nil && i < len(queries); i++ {
-		err = b.read(pipe, queries[i])
+	for i := 0; err == nil && i < len(asked); i++ {
+		err = b.read(pipe, asked[i])
 	}
 	if cerr := pipe.Close(); err == nil {
 		err = wrap("read rows", cerr)
@@ -60,7 +63,29 @@ func (b *replyBatch) rows() error {
 	return err
 }
 
-func (b *replyBatch) read(pipe *pgconn.Pipeline, q rowQuery) error {
+// together finds the queries that are the same: devices with the same keys and cursor's horizon get the same rows, which are read once.
+func together(queries []rowQuery) (asked [][]rowQuery) {
+	at := map[string]int{}
+	var id []byte
+	for _, q := range queries {
+		id = append(id[:0], q.sql...)
+		for _, p := range q.params {
+			id = binary.AppendUvarint(append(id, 0), uint64(len(p)))
+			id = append(id, p...)
+		}
+		i, ok := at[string(id)]
+		if !ok {
+			i, at[string(id)] = len(asked), len(asked)
+			asked = append(asked, nil)
+		}
+		asked[i] = append(asked[i], q)
+	}
+	return asked
+}
+
+// read takes the result of one query for all sessions that asked it.
+func (b *replyBatch) read(pipe *pgconn.Pipeline, of []rowQuery) error {
+	q := of[0]
 	got, err := pipe.GetResults()
 	if err != nil {
 		return fmt.Errorf("read rows of %s: %w", q.sub.Table, err)
@@ -70,12 +95,14 @@ func (b *replyBatch) read(pipe *pgconn.Pipeline, q rowQuery) error {
 		return fmt.Errorf("read rows of %s: the connection answered %T", q.sub.Table, got)
 	}
 	for rows.NextRow() {
-		if q.s.refusal != nil {
-			continue // the connection must still be read to the end
-		}
-		if err := q.take(b.ctx, q.sub, rows.Values()); err != nil {
-			if err = q.s.refuseOn(err); err != nil {
-				return err
+		for _, q := range of {
+			if q.s.refusal != nil {
+				continue // the connection must still be read to the end
+			}
+			if err := q.take(b.ctx, q.sub, rows.Values()); err != nil {
+				if err = q.s.refuseOn(err); err != nil {
+					return err
+				}
 			}
 		}
 	}
