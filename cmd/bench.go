@@ -68,6 +68,7 @@ not absolute figures. A result that is not what it should be is no figure: it is
 			if err := b.check(); err != nil {
 				return err
 			}
+			collectLess() // as a server does
 			for _, b.major = range majors {
 				if err := b.run(c.Context()); err != nil {
 					return &failure{code: exitFailed, what: "the measurement failed", err: err}

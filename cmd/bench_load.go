@@ -59,14 +59,18 @@ func (d *loadDevice) put(ctx context.Context, changes []protocol.Change) (string
 	if err != nil {
 		return "", err
 	}
-	if body, err = protocol.Compress(body, protocol.Zstd); err != nil {
+	encoding := protocol.Identity
+	if len(body) > 1<<10 { // as a device does
+		encoding = protocol.Zstd
+	}
+	if body, err = protocol.Compress(body, encoding); err != nil {
 		return "", err
 	}
 	const size = 256 << 10
 	parts := slices.Collect(slices.Chunk(body, size))
 	for i, p := range parts {
 		for {
-			r, err := d.t.Put(ctx, token, protocol.PartToken(i+1, len(parts)), device.Payload{ContentType: protocol.ContentCBOR, Encoding: protocol.Zstd, Data: p})
+			r, err := d.t.Put(ctx, token, protocol.PartToken(i+1, len(parts)), device.Payload{ContentType: protocol.ContentCBOR, Encoding: encoding, Data: p})
 			if err == nil && r.Error != nil {
 				err = r.Error
 			}

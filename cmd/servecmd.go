@@ -48,6 +48,7 @@ clusters from this machine's server programs and the sample data of the demo. No
 			conf.Recopy = recopy
 			copying := a.copyProgress()
 			conf.Progress = copying.hear
+			collectLess()
 			return Serve(ctx, conf, log, func(i Info) {
 				copying.end()
 				a.say("ready: devices connect to %s (%d tables, epoch %s)", i.NATS, i.Tables, i.Epoch)

@@ -28,6 +28,8 @@ type pages struct {
 
 	arena []byte // bytes of the row that is being read
 
+	common *common // what the pages of several replies have in common; nil: nothing
+
 	stored func(context.Context) error // waits for the page that was started last; nil: it was waited for
 	only   []byte                      // the reply's page, if it has one
 }
@@ -159,12 +161,22 @@ func (p *pages) deleted(ctx context.Context, sub *subscription, raw [][]byte) er
 
 // row adds a row: its version, then its values.
 func (p *pages) row(ctx context.Context, sub *subscription, raw [][]byte) error {
+	row, size := p.read(raw)
+	return p.add(ctx, sub, row, size)
+}
+
+// read makes a row, of which several replies may have a part, and bounds its encoded size.
+func (p *pages) read(raw [][]byte) (row protocol.Row, size int) {
 	vals, size := p.texts(raw)
-	if err := p.room(ctx, sub, size+rowOverhead); err != nil {
+	return protocol.Row{Version: *vals[0], Values: vals[1:]}, size + rowOverhead
+}
+
+func (p *pages) add(ctx context.Context, sub *subscription, row protocol.Row, size int) error {
+	if err := p.room(ctx, sub, size); err != nil {
 		return err
 	}
 	t := p.table(sub)
-	t.Rows = append(t.Rows, protocol.Row{Version: *vals[0], Values: vals[1:]})
+	t.Rows = append(t.Rows, row)
 	p.rows++
 	return nil
 }
@@ -243,7 +255,7 @@ func (p *pages) refuse(e *protocol.Error) error {
 
 // start encodes a page and begins to store it.
 func (p *pages) start(page *protocol.Page) error {
-	body, err := encodePage(page, p.s.contentType, p.s.encoding)
+	body, err := p.common.encode(page, p.s.contentType, p.s.encoding)
 	if err != nil {
 		return &sessionError{p.s.id, fmt.Errorf("encode page %d of session %s: %w", page.Page, p.s.token, err)}
 	}

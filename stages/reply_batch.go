@@ -74,8 +74,13 @@ func (b *replyBatch) ids() []int64 {
 
 // run composes the replies, stores their cursors, and only then lets the last pages, which carry them, out.
 func (b *replyBatch) run() error {
+	var shared *common
+	if len(b.sessions) > 1 {
+		shared = &common{encoded: map[string]*encodedTables{}}
+	}
 	for _, s := range b.sessions {
 		s.pages = newPages(s, b.r.output, b.r.cfg, b.cat.epoch)
+		s.pages.common = shared
 		b.admit(s)
 	}
 	if err := b.compose(); err != nil {

@@ -12,6 +12,8 @@ import (
 	"strings"
 
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/waystage/waystage/protocol"
 )
 
 // rowQuery is one query of a reply's rows, and what to do with each of its rows.
@@ -21,6 +23,7 @@ type rowQuery struct {
 	sql    string
 	params [][]byte
 	take   func(ctx context.Context, sub *subscription, raw [][]byte) error
+	row    bool // it gives rows, and not keys
 }
 
 // rows reads the rows of all sessions. The queries go out in one go; their results are read as text and put on
@@ -68,7 +71,7 @@ func together(queries []rowQuery) (asked [][]rowQuery) {
 	at := map[string]int{}
 	var id []byte
 	for _, q := range queries {
-		id = append(id[:0], q.sql...)
+		id = append(append(id[:0], q.s.contentType...), q.sql...)
 		for _, p := range q.params {
 			id = binary.AppendUvarint(append(id, 0), uint64(len(p)))
 			id = append(id, p...)
@@ -95,11 +98,23 @@ func (b *replyBatch) read(pipe *pgconn.Pipeline, of []rowQuery) error {
 		return fmt.Errorf("read rows of %s: the connection answered %T", q.sub.Table, got)
 	}
 	for rows.NextRow() {
+		raw := rows.Values()
+		var one protocol.Row
+		var size int
+		if q.row && len(of) > 1 {
+			one, size = q.s.pages.read(raw)
+		}
 		for _, q := range of {
 			if q.s.refusal != nil {
 				continue // the connection must still be read to the end
 			}
-			if err := q.take(b.ctx, q.sub, rows.Values()); err != nil {
+			var err error
+			if size > 0 {
+				err = q.s.pages.add(b.ctx, q.sub, one, size)
+			} else {
+				err = q.take(b.ctx, q.sub, raw)
+			}
+			if err != nil {
 				if err = q.s.refuseOn(err); err != nil {
 					return err
 				}
@@ -148,6 +163,9 @@ func (b *replyBatch) queries(s *session) []rowQuery {
 	add := func(sub *subscription, sql string, take func(context.Context, *subscription, [][]byte) error, params ...[]byte) {
 		list = append(list, rowQuery{s: s, sub: sub, sql: sql, params: params, take: take})
 	}
+	rows := func(sub *subscription, sql string, params ...[]byte) {
+		list = append(list, rowQuery{s: s, sub: sub, sql: sql, params: params, take: s.pages.row, row: true})
+	}
 	var xmin []byte
 	if s.from != nil {
 		xmin = strconv.AppendInt(nil, s.from.xmin, 10)
@@ -157,10 +175,10 @@ func (b *replyBatch) queries(s *session) []rowQuery {
 		sub, q := t.sub, t.sub.reply
 		switch {
 		case sub.Key == "" && s.from == nil:
-			add(sub, q.whole, s.pages.row)
+			rows(sub, q.whole)
 		case sub.Key == "":
 			add(sub, q.deleted, s.pages.deleted, xmin)
-			add(sub, q.changed, s.pages.row, xmin)
+			rows(sub, q.changed, xmin)
 		default:
 			all := textArray(t.all)
 			before := t.kept
@@ -176,10 +194,10 @@ func (b *replyBatch) queries(s *session) []rowQuery {
 				add(sub, q.own, s.pages.deleted, strconv.AppendInt(nil, s.id, 10), all)
 			}
 			if len(t.kept) > 0 {
-				add(sub, q.changed, s.pages.row, xmin, textArray(t.kept))
+				rows(sub, q.changed, xmin, textArray(t.kept))
 			}
 			if len(t.fresh) > 0 {
-				add(sub, q.whole, s.pages.row, textArray(t.fresh))
+				rows(sub, q.whole, textArray(t.fresh))
 			}
 		}
 	}
