@@ -185,7 +185,8 @@ func (b *mergeBatch) claim() (records int, err error) {
 		})
 		return err
 	})
-	return records, b.tx.send(b.ctx, q)
+	err = b.tx.send(b.ctx, q)
+	return records, err
 }
 
 func (b *mergeBatch) lock() (tables []int, err error) {

@@ -237,7 +237,8 @@ func (b *mergeBatch) facts(q *tableSQL, list []recordID, first bool) ([]fact, er
 		})
 		return err
 	})
-	return facts, b.tx.send(b.ctx, batch)
+	err := b.tx.send(b.ctx, batch)
+	return facts, err
 }
 
 const releaseTable = "RELEASE SAVEPOINT ws_table"

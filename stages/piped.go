@@ -65,10 +65,14 @@ func (p *piped) commit(ctx context.Context, b *pgx.Batch) error {
 // Conn is the connection, for who wants to know whether it is still there.
 func (p *piped) Conn() *pgx.Conn { return p.conn.Conn() }
 
-// end undoes what was not committed and gives the connection back. Its own failure means that the connection is gone, and with it the
-// transaction.
+// end undoes what was not committed and gives the connection back.
 func (p *piped) end() {
 	defer p.conn.Release()
+	p.undo()
+}
+
+// undo undoes what was not committed. Its own failure means that the connection is gone, and with it the transaction.
+func (p *piped) undo() {
 	if c := p.Conn(); !c.IsClosed() && c.PgConn().TxStatus() != 'I' {
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()

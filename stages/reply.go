@@ -160,12 +160,7 @@ func (r *Reply) claim(ctx context.Context, conn *pgxpool.Conn, cat *Catalog) (lo
 	if one {
 		limit = 1
 	}
-	tx, err := conn.Begin(ctx)
-	if err != nil {
-		return false, nil, err
-	}
-	defer rollback(tx)
-	rows, err := tx.Query(ctx, openSQL, r.cfg.WaitSource.Seconds(), heldSessions, heldSets, limit)
+	rows, err := conn.Query(ctx, openSQL, r.cfg.WaitSource.Seconds(), heldSessions, heldSets, limit)
 	if err != nil {
 		return false, nil, err
 	}
@@ -173,19 +168,19 @@ func (r *Reply) claim(ctx context.Context, conn *pgxpool.Conn, cat *Catalog) (lo
 	if err != nil || len(ids) == 0 {
 		return false, nil, err
 	}
+	b := &pgx.Batch{}
 	// Before the snapshot: who applies new definitions waits for replies by the old ones.
-	if _, err := tx.Exec(ctx, `SELECT pg_advisory_lock_shared($1, $2::int)`, schema.LayoutLockClass, schema.LayoutLock(cat.layout)); err != nil {
-		return true, nil, err
-	}
+	b.Queue(`SELECT pg_advisory_lock_shared($1, $2::int)`, schema.LayoutLockClass, schema.LayoutLock(cat.layout))
 	// Looked at again, now that they are locked: another worker may have answered them.
-	if rows, err = tx.Query(ctx, sessionsSQL, ids); err != nil {
-		return true, nil, err
-	}
-	sessions, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (*session, error) {
-		s := &session{}
-		return s, row.Scan(&s.id, &s.deviceID, &s.user, &s.device, &s.groups, &s.attributes, &s.token, &s.incarnation, &s.n, &s.nonce, &s.set,
-			&s.cursorFrom, &s.schema, &s.contentType, &s.encoding, &s.records, &s.verify, &s.asked, &s.filesKnown, &s.newKey, &s.built, &s.builtOf)
+	b.Queue(sessionsSQL, ids).Query(func(rows pgx.Rows) (err error) {
+		sessions, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (*session, error) {
+			s := &session{}
+			return s, row.Scan(&s.id, &s.deviceID, &s.user, &s.device, &s.groups, &s.attributes, &s.token, &s.incarnation, &s.n, &s.nonce, &s.set,
+				&s.cursorFrom, &s.schema, &s.contentType, &s.encoding, &s.records, &s.verify, &s.asked, &s.filesKnown, &s.newKey, &s.built, &s.builtOf)
+		})
+		return err
 	})
+	err = conn.SendBatch(ctx, b).Close()
 	return true, sessions, err
 }
 

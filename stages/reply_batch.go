@@ -525,11 +525,8 @@ func (b *replyBatch) keepCursors() error {
 		}
 	}
 	slices.SortFunc(missing, func(a, b *subset) int { return bytes.Compare(a.hash, b.hash) })
-	tx, err := b.conn.Begin(b.ctx)
-	if err != nil {
-		return err
-	}
-	defer rollback(tx)
+	tx := &piped{conn: b.conn, begin: "BEGIN"}
+	defer tx.undo()
 	if len(missing) > 0 {
 		batch := &pgx.Batch{}
 		for _, t := range missing {
@@ -572,10 +569,7 @@ func (b *replyBatch) keepCursors() error {
 		SELECT token, device, inc, name, session, $8, keys::jsonb, refresh
 		FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::bigint[]) AS u(token, device, inc, name, session, keys, refresh)`,
 		tokens, devices, incarnations, sets, ids, keys, orders, since)
-	if err := tx.SendBatch(b.ctx, batch).Close(); err != nil {
-		return err
-	}
-	return tx.Commit(b.ctx)
+	return tx.commit(b.ctx, batch)
 }
 
 // close notes the sessions as replied. Were this lost they would be answered once more, which is as good: so nobody
