@@ -41,9 +41,11 @@ race: ## all tests under the race detector
 	@scripts/postgresql.sh 15 >/dev/null
 	WAYSTAGE_TEST_PG=15 $(GO) test -race -timeout 40m $(TEST_FLAGS) ./...
 
-bench: build ## measure, on clusters of its own, into bench.json
-	@scripts/postgresql.sh any >/dev/null
-	bin/waystage bench $(ARGS)
+bench: build ## measure beside PostgreSQL's own means, on 15 and 18, into bench.json and docs/performance/; ARGS="--only apply"
+	@scripts/postgresql.sh 15 >/dev/null
+	@scripts/postgresql.sh 18 >/dev/null
+	bin/waystage bench --postgresql 15,18 $(ARGS)
+	$(GO) run ./cmd/benchplots bench.json docs/performance
 
 # A binary run by itself shows its lines as they come.
 chaos: ## random histories: SEEDS=10 SEED=first SHRINK=1 STOP=1 KEEP=folder TAGS=sabotage
