@@ -209,11 +209,30 @@ func (t *txn) convert(tab *table, i int, was, is kind) error {
 // keepLost writes edits of columns that leave into the rejected log, one entry a row. What else was edited in the row stays unsent; a row
 // of a unit is rejected whole, and its unit with it.
 func (t *txn) keepLost(tab *table, drop []column) error {
-	ids, err := t.ids(tab)
+	name, err := t.setOf(tab)
 	if err != nil {
 		return err
 	}
-	name, err := t.setOf(tab)
+	return t.eachDirty(tab, func(d *dirty, live []any, unit int64) error {
+		if live == nil {
+			return nil
+		}
+		lost, err := t.lost(tab, d, live, drop)
+		if err != nil || len(lost) == 0 {
+			return err
+		}
+		detail := fmt.Sprintf("left the subscription, so what was written has no place any more: %s", strings.Join(lost, ", "))
+		if unit != 0 && !d.batch.Valid {
+			return t.rejectHere(name, tab, d, live, unit, protocol.CodeSchema, detail)
+		}
+		return t.rejectPart(name, tab, d, live, unit, protocol.CodeSchema, detail)
+	})
+}
+
+// eachDirty calls f for every dirty row of a table, with the row as it is (nil: there is none) and a number of its unit in the file (0:
+// it is in none). f may make the row clean.
+func (t *txn) eachDirty(tab *table, f func(d *dirty, live []any, unit int64) error) error {
+	ids, err := t.ids(tab)
 	if err != nil {
 		return err
 	}
@@ -226,27 +245,11 @@ func (t *txn) keepLost(tab *table, drop []column) error {
 		if err != nil {
 			return err
 		}
-		if live == nil {
-			continue
-		}
-		lost, err := t.lost(tab, d, live, drop)
-		if err != nil {
-			return err
-		}
-		if len(lost) == 0 {
-			continue
-		}
-		detail := fmt.Sprintf("left the subscription, so what was written has no place any more: %s", strings.Join(lost, ", "))
 		var unit int64
 		if err := t.get("SELECT coalesce(min(unit), 0) FROM "+quote(tab.units())+" WHERE id = ?", []any{d.id}, &unit); err != nil {
 			return err
 		}
-		if unit != 0 && !d.batch.Valid {
-			err = t.rejectHere(name, tab, d, live, unit, protocol.CodeSchema, detail)
-		} else {
-			err = t.rejectPart(name, tab, d, live, unit, protocol.CodeSchema, detail)
-		}
-		if err != nil {
+		if err := f(d, live, unit); err != nil {
 			return err
 		}
 	}
@@ -380,37 +383,15 @@ func (t *txn) discard(setName string, tab *table) error {
 
 // rejectAll refuses the edits of a table on the device itself; marked ones, whose verdict may still come, only if all is set.
 func (t *txn) rejectAll(setName string, tab *table, all bool, code protocol.Code, detail string) error {
-	ids, err := t.ids(tab)
-	if err != nil {
-		return err
-	}
-	for _, id := range ids {
-		d, err := t.dirty(tab, id)
-		if err != nil {
-			return err
+	return t.eachDirty(tab, func(d *dirty, live []any, unit int64) error {
+		switch {
+		case d.batch.Valid && !all:
+			return nil
+		case !d.batch.Valid && tab.undone(d, live): // putting back what is on its way is an edit
+			return t.restore(tab, d)
 		}
-		if d.batch.Valid && !all {
-			continue
-		}
-		live, err := t.live(tab, d.key)
-		if err != nil {
-			return err
-		}
-		if !d.batch.Valid && tab.undone(d, live) { // putting back what is on its way is an edit
-			if err := t.restore(tab, d); err != nil {
-				return err
-			}
-			continue
-		}
-		var unit int64
-		if err := t.get("SELECT coalesce(min(unit), 0) FROM "+quote(tab.units())+" WHERE id = ?", []any{d.id}, &unit); err != nil {
-			return err
-		}
-		if err := t.rejectHere(setName, tab, d, live, unit, code, detail); err != nil {
-			return err
-		}
-	}
-	return nil
+		return t.rejectHere(setName, tab, d, live, unit, code, detail)
+	})
 }
 
 // adopt takes over the list of the user's sets. What is new has todo as its place in the running sync.

@@ -20,6 +20,19 @@ func (s *memServer) redefine(set string, change func(tab *protocol.Table)) {
 	s.defs[set] = &protocol.Definitions{Hash: old.Hash + "+", Tables: append([]protocol.Table{tab}, old.Tables[1:]...)}
 }
 
+// during is a connection on which *now is called once, if it is set, after the next call of this name: in the middle of a sync.
+func (s *memServer) during(name string, now *func()) Dialer {
+	return func(context.Context, Login) (Transport, error) {
+		return &wire{s: s, device: "a", fail: func(call string, after bool) error {
+			if f := *now; call == name && after && f != nil {
+				*now = nil
+				f()
+			}
+			return nil
+		}}, nil
+	}
+}
+
 // TestEditOfAColumnThatLeaves: what was written to a column after the request was frozen, and before the device heard that the column
 // leaves the subscription, is in the rejected log; what else was edited in the row goes up.
 func TestEditOfAColumnThatLeaves(t *testing.T) {
@@ -47,19 +60,8 @@ func TestEditOfAColumnThatLeaves(t *testing.T) {
 			srv.subset = map[string]bool{"1": true, "2": true}
 			srv.foreign(item(1, "1", "one"))
 			srv.foreign(item(2, "1", "two"))
-			var d *Device
 			var now func()
-			dial := func(context.Context, Login) (Transport, error) {
-				return &wire{s: srv, device: "a", fail: func(call string, after bool) error {
-					if call == "get" && after && now != nil {
-						edit := now
-						now = nil
-						edit()
-					}
-					return nil
-				}}, nil
-			}
-			d = srv.device(t, "a", Options{Dial: dial})
+			d := srv.device(t, "a", Options{Dial: srv.during("get", &now)})
 			srv.mustSync(t, d)
 			for _, q := range tc.before {
 				mustExec(t, d, q)
@@ -148,18 +150,8 @@ func TestColumnThatComes(t *testing.T) {
 	srv.sets = []string{"items"}
 	srv.foreign(item(1, "1", "one"))
 	srv.foreign(item(2, "1", "two"))
-	var d *Device
 	var now func()
-	d = srv.device(t, "a", Options{Dial: func(context.Context, Login) (Transport, error) {
-		return &wire{s: srv, device: "a", fail: func(call string, after bool) error {
-			if call == "get" && after && now != nil {
-				edit := now
-				now = nil
-				edit()
-			}
-			return nil
-		}}, nil
-	}})
+	d := srv.device(t, "a", Options{Dial: srv.during("get", &now)})
 	srv.mustSync(t, d)
 	srv.redefine("items", func(tab *protocol.Table) {
 		tab.Columns = append(tab.Columns, protocol.Column{Name: "filled", Type: "text", Default: "seven"})
@@ -220,18 +212,8 @@ func TestPutBackAsTheKeyChanges(t *testing.T) {
 	ctx := context.Background()
 	srv := newServer(t)
 	srv.sets = []string{"items"}
-	var d *Device
 	var now func()
-	d = srv.device(t, "a", Options{Dial: func(context.Context, Login) (Transport, error) {
-		return &wire{s: srv, device: "a", fail: func(call string, after bool) error {
-			if call == "get" && after && now != nil {
-				edit := now
-				now = nil
-				edit()
-			}
-			return nil
-		}}, nil
-	}})
+	d := srv.device(t, "a", Options{Dial: srv.during("get", &now)})
 	srv.mustSync(t, d)
 	mustExec(t, d, `INSERT INTO item (id, grp, val) VALUES (3, 1, 'sent')`)
 	srv.redefine("items", func(tab *protocol.Table) { tab.Columns[0].Type = "text" })
