@@ -268,8 +268,10 @@ func TestDependentsFall(t *testing.T) {
 		"refused dependency_rejected", "refused dependency_rejected", "applied"} {
 		r.wantVerdict(ids[i], want)
 	}
-	// The device knows now: what it sends next is judged on its own.
+	// The row is there again: what refers to it then is judged on its own. (Decided in one go with its row, it would be for the record of
+	// what its device had been told, which changes of this rig have none of.)
 	ids = r.merge(ins("public.a", "3", map[string]any{"v": "1"}))
+	r.settled()
 	ids = append(ids, r.merge(ins("public.b", "1", map[string]any{"a": "3"}))...)
 	r.settled()
 	r.wantVerdict(ids[0], "applied")
