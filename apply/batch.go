@@ -29,6 +29,7 @@ type ownTx struct {
 type rowState struct {
 	key     []string
 	img     image  // nil: deleted
+	fresh   bool   // the source had no row of this key before
 	last    *ownTx // the last writer; nil: foreign
 	own     bool   // some transaction of ours wrote it
 	foreign bool   // some other did
@@ -200,7 +201,7 @@ func (b *batch) row(ctx context.Context, rel *relation, ev *change.Event) error 
 		if err != nil {
 			return err
 		}
-		return b.set(t, key, nil)
+		return b.set(t, key, nil, false)
 	}
 	if img, err = rel.image(ev.New); err != nil {
 		return err
@@ -210,7 +211,7 @@ func (b *batch) row(ctx context.Context, rel *relation, ev *change.Event) error 
 		if err != nil {
 			return err
 		}
-		return b.set(t, key, img)
+		return b.set(t, key, img, ev.Kind == change.KindInsert)
 	}
 	// The old tuple was sent: the key may have changed, or the replica identity is full. Only of the latter are the other
 	// columns data; in a key tuple they are null because they were not sent.
@@ -228,7 +229,7 @@ func (b *batch) row(ctx context.Context, rel *relation, ev *change.Event) error 
 		return err
 	}
 	if keyID(was) == keyID(key) {
-		return b.set(t, key, img)
+		return b.set(t, key, img, false)
 	}
 	if img.holes() {
 		whole, err := b.current(ctx, t, was)
@@ -237,18 +238,18 @@ func (b *batch) row(ctx context.Context, rel *relation, ev *change.Event) error 
 		}
 		img.fill(whole)
 	}
-	if err := b.set(t, was, nil); err != nil {
+	if err := b.set(t, was, nil, false); err != nil {
 		return err
 	}
-	return b.set(t, key, img)
+	return b.set(t, key, img, false)
 }
 
-// set notes a key's new image.
-func (b *batch) set(t *table, key []string, img image) error {
+// set notes a key's new image; fresh: the source had no row of it.
+func (b *batch) set(t *table, key []string, img image, fresh bool) error {
 	tr, id := b.table(t), keyID(key)
 	st := tr.rows[id]
 	if st == nil {
-		st = &rowState{key: key}
+		st = &rowState{key: key, fresh: fresh}
 		tr.rows[id] = st
 		tr.order = append(tr.order, st)
 	} else if img.holes() {
@@ -490,7 +491,7 @@ func (b *batch) busy(ctx context.Context, ids []int) (map[int]bool, error) {
 // write puts rows without pending changes into the mirror: deletes first, so that a key that moved is free.
 func (tr *tableRows) write(ctx context.Context, tx pgx.Tx, states []*rowState) error {
 	var gone [][]string
-	var whole []image
+	var whole []*rowState
 	parts := map[string][]*rowState{} // by the columns that are known
 	for _, st := range states {
 		switch {
@@ -506,7 +507,7 @@ func (tr *tableRows) write(ctx context.Context, tx pgx.Tx, states []*rowState) e
 			}
 			parts[string(mask)] = append(parts[string(mask)], st)
 		default:
-			whole = append(whole, st.img)
+			whole = append(whole, st)
 		}
 	}
 	if len(gone) > 0 {
@@ -514,10 +515,8 @@ func (tr *tableRows) write(ctx context.Context, tx pgx.Tx, states []*rowState) e
 			return fmt.Errorf("delete from %s: %w", tr.FullName(), err)
 		}
 	}
-	if len(whole) > 0 {
-		if _, err := tx.Exec(ctx, tr.upsertRows, columnArrays(tr.all(), len(whole), func(r int) image { return whole[r] })...); err != nil {
-			return fmt.Errorf("write %s: %w", tr.FullName(), err)
-		}
+	if err := tr.put(ctx, tx, whole); err != nil {
+		return err
 	}
 	for _, mask := range slices.Sorted(maps.Keys(parts)) {
 		var cols []int

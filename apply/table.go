@@ -19,6 +19,7 @@ type table struct {
 
 	deleteRows string // keys
 	upsertRows string // columns
+	overwrite  string // columns, of rows that are there
 	settleRows string // columns, lw, mver
 	compare    string // columns: which rows are there, equal, and whose they are
 	dropBase   string // keys
@@ -72,6 +73,7 @@ func newTable(t *schema.Table) (*table, error) {
 		ON CONFLICT (%s) DO UPDATE SET %s, %[9]s = excluded.%[9]s, %[10]s = NULL, %[11]s = 0
 		WHERE NOT record_image_eq(%s, %s)`, t.Ident(), cols, sys, casts, xid, w.unnest(all, 1), keyNames, sets,
 		schema.ColVersion, schema.ColWriter, schema.ColMerged, rowOf("m"), rowOf("excluded"))
+	w.overwrite = w.overwriteRows()
 	w.settleRows = fmt.Sprintf(`INSERT INTO %s AS m (%s, %s) SELECT %s, %s, u.lw, u.mver FROM %s
 		ON CONFLICT (%s) DO UPDATE SET %s, %[9]s = excluded.%[9]s, %[10]s = excluded.%[10]s, %[11]s = excluded.%[11]s`,
 		t.Ident(), cols, sys, casts, xid, w.unnest(all, 1, "lw text", "mver bigint"), keyNames, sets,

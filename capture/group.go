@@ -207,7 +207,8 @@ func (g *grouper) send(last bool) error {
 		m.End = g.end
 	}
 	clear(g.tables)
-	g.body, g.txs, g.rows = make([]byte, 0, min(g.size, 64<<10)), 0, 0
+	// The next body will be about as large as this one: growing into it would copy it several times.
+	g.body, g.txs, g.rows = make([]byte, 0, max(4<<10, min(len(m.Body), g.size)+4<<10)), 0, 0
 	return g.emit(m)
 }
 
