@@ -90,10 +90,28 @@ func (d *loadDevice) put(ctx context.Context, changes []protocol.Change) (string
 	return token, nil
 }
 
+// unhurried repeats a call that comes too often, when it may: few devices ask oftener than one may.
+func unhurried(ctx context.Context, call func() error) error {
+	for {
+		err := call()
+		var refused *protocol.Error
+		if !errors.As(err, &refused) || refused.Code != protocol.CodeBusy {
+			return err
+		}
+		if err := sleep(ctx, time.Duration(refused.Retry)*time.Second); err != nil {
+			return err
+		}
+	}
+}
+
 // fetch reads the reply and keeps rows (of a refresh, or of keep) and cursor. It returns the states of the verdicts.
 func (d *loadDevice) fetch(ctx context.Context, token string) (verdicts []protocol.Verdict, err error) {
 	for page := 1; ; page++ {
-		p, err := d.t.Get(ctx, token, page)
+		var p device.Payload
+		err := unhurried(ctx, func() (err error) {
+			p, err = d.t.Get(ctx, token, page)
+			return err
+		})
 		var refused *protocol.Error
 		if errors.As(err, &refused) && refused.Code == protocol.CodePending {
 			page--
@@ -134,7 +152,7 @@ func (d *loadDevice) fetch(ctx context.Context, token string) (verdicts []protoc
 		verdicts = append(verdicts, got.Verdicts...)
 		if got.Last {
 			d.cursor, d.epoch = got.Cursor, got.Epoch
-			return verdicts, d.t.Ack(ctx, token)
+			return verdicts, unhurried(ctx, func() error { return d.t.Ack(ctx, token) })
 		}
 	}
 }

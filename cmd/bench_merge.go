@@ -195,7 +195,7 @@ func (b *bench) merge(ctx context.Context, l *stageLoad) error {
 		if err := b.take(ctx, l); err != nil {
 			return err
 		}
-		for _, sql := range []string{"TRUNCATE public.bench_batch", "VACUUM ANALYZE public.bench_item, public.item, waystage.staging, waystage.session, waystage.change", "CHECKPOINT"} {
+		for _, sql := range []string{"TRUNCATE public.bench_batch", "VACUUM ANALYZE", "CHECKPOINT"} {
 			if _, err := b.mirror.Exec(ctx, sql); err != nil {
 				return err
 			}

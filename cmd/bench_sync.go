@@ -77,7 +77,11 @@ func percentile(times []time.Duration, q float64) float64 {
 
 // check asks whether a session would bring anything, as a device does that has nothing to send.
 func (d *loadDevice) check(ctx context.Context) error {
-	news, err := d.t.(device.Checker).Check(ctx, protocol.Watch{Sets: []protocol.WatchSet{{Set: d.set, Cursor: d.cursor}}, Only: true})
+	var news protocol.News
+	err := unhurried(ctx, func() (err error) {
+		news, err = d.t.(device.Checker).Check(ctx, protocol.Watch{Sets: []protocol.WatchSet{{Set: d.set, Cursor: d.cursor}}, Only: true})
+		return err
+	})
 	if err == nil && len(news.Sets) > 0 {
 		err = fmt.Errorf("there is news for a device that has everything: %v", news.Sets)
 	}

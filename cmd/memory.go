@@ -5,9 +5,9 @@ import (
 	"runtime/debug"
 )
 
-// garbagePercent lets a server's heap grow to four times what lives in it before it is collected: little lives there (some tens of MiB),
+// garbagePercent lets a server's heap grow to three times what lives in it before it is collected: little lives there (some tens of MiB),
 // and collecting was a quarter of its CPU with Go's default of 100. The variable GOGC decides otherwise.
-const garbagePercent = 300
+const garbagePercent = 200
 
 func collectLess() {
 	if os.Getenv("GOGC") == "" {
