@@ -426,15 +426,7 @@ func TestSchema(t *testing.T) {
 	mustExec(t, d, `ALTER TABLE item ADD COLUMN seen INTEGER`) // the application's own
 	mustExec(t, d, `UPDATE item SET seen = 1`)
 	mustExec(t, d, `UPDATE item SET val = 'edited' WHERE id = 1`)
-	change := func(fn func(tab *protocol.Table)) {
-		srv.mu.Lock()
-		defer srv.mu.Unlock()
-		old := srv.defs["items"]
-		tab := old.Tables[0]
-		tab.Columns = append([]protocol.Column(nil), tab.Columns...)
-		fn(&tab)
-		srv.defs["items"] = &protocol.Definitions{Hash: old.Hash + "+", Tables: []protocol.Table{tab}}
-	}
+	change := func(fn func(tab *protocol.Table)) { srv.redefine("items", fn) }
 	// A column comes. The edit goes up in the old shape, and nothing is lost.
 	change(func(tab *protocol.Table) {
 		tab.Columns = append(tab.Columns, protocol.Column{Name: "Extra", Type: "boolean"}, protocol.Column{Name: "seen", Type: "text"})
